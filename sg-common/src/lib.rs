@@ -1,2 +1,15 @@
-//! placeholder
+//! What the kernel and userspace share: the ABI of the BPF maps, the packet parser and the decisions.
+//!
+//! `no_std` and without allocation, because the eBPF programs compile it too. The kernel, the proxy, `explain` and
+//! the tests call the same functions; they differ only in the [`policy::Tables`] that they bring.
 #![no_std]
+#![forbid(unsafe_op_in_unsafe_fn)]
+
+pub mod abi;
+pub mod addr;
+pub mod conntrack;
+pub mod guard;
+pub mod judge;
+pub mod packet;
+pub mod policy;
+pub mod verdict;

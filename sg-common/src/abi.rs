@@ -1,0 +1,400 @@
+//! The layout of every BPF map, shared by the programs and the agent.
+//!
+//! All types are `repr(C)`, without implicit padding, Rust enums or `bool`. Integers are in host byte order unless
+//! the field says otherwise. A change here changes [`LAYOUT`], which is checked before maps are adopted.
+
+use crate::addr::Address;
+
+/// The version of everything in this module. Bump it with every change of a type, a map or a number's meaning.
+pub const LAYOUT: u32 = 1;
+
+/// Interfaces that one agent can hold (the norm's 1,000 instances, with room for second interfaces).
+pub const MAX_INTERFACES: u32 = 2_048;
+/// Compiled policies that can exist at once, those being replaced included.
+pub const MAX_POLICIES: u32 = 4_096;
+/// Distinct group sets (and network ACLs) in use at once.
+pub const MAX_BINDINGS: u32 = 4_096;
+/// CIDR prefixes of all policies together, for each family.
+pub const MAX_PREFIXES: u32 = 262_144;
+/// Port prefixes of all policies together.
+pub const MAX_PORTS: u32 = 524_288;
+/// Group references of all policies together.
+pub const MAX_REFERENCES: u32 = 131_072;
+/// Words of 32 cells that all policies' matrices share (32 MiB).
+pub const MATRIX_WORDS: u32 = 4_194_304;
+/// Addresses of group members, counted once for each VPC that can refer to them.
+pub const MAX_MEMBERS: u32 = 65_536;
+/// Own addresses of all interfaces beyond the primary ones.
+pub const MAX_SECONDARIES: u32 = 65_536;
+/// Exempt services, counted once for each VPC.
+pub const MAX_EXEMPT: u32 = 16_384;
+/// Tracked flows. At this limit new ones are dropped (SG-3.6).
+pub const MAX_FLOWS: u32 = 262_144;
+/// Fragmented packets under way; the oldest gives way, and its rest is dropped (SG-3.8).
+pub const MAX_FRAGMENTS: u32 = 8_192;
+/// (interface, direction, reason) triples that are counted.
+pub const MAX_COUNTERS: u32 = 65_536;
+/// Groups that one address can be in: AWS's highest quota (SG-1.14).
+pub const GROUPS_PER_MEMBER: usize = 16;
+
+/// As seen from the interface: what arrives, or what leaves.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub enum Direction {
+    /// To the instance.
+    Ingress = 0,
+    /// From the instance.
+    Egress = 1,
+}
+
+impl Direction {
+    /// The opposite one.
+    #[inline(always)]
+    pub const fn reverse(self) -> Self {
+        match self {
+            Self::Ingress => Self::Egress,
+            Self::Egress => Self::Ingress,
+        }
+    }
+}
+
+/// An attached interface (an ENI), by the index of its host-side link. Map `INTERFACES`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Interface {
+    /// This interface's number: part of every key that must not be shared with a neighbour.
+    pub eni: u32,
+    /// Where in `BINDINGS` the policy of its group set stands.
+    pub groups: u32,
+    /// Where in `BINDINGS` the policy of its subnet's network ACL stands; 0 where none restricts anything.
+    pub acl: u32,
+    /// The number of its VPC: addresses mean something within one only.
+    pub vpc: u32,
+    /// [`SOURCE_DEST_CHECK`].
+    pub flags: u32,
+    /// The epoch of the policy under which the flow table of this interface began: until it changes, a TCP packet
+    /// in the middle of an unknown flow may be picked up (SG-3.9), after that it could be a revoked one (SG-3.4).
+    pub born: u32,
+    /// Its primary IPv4 address, or unspecified.
+    pub ipv4: Address,
+    /// Its primary IPv6 address, or unspecified.
+    pub ipv6: Address,
+    /// Its subnet's IPv4 network.
+    pub subnet4: Address,
+    /// Its subnet's IPv6 network.
+    pub subnet6: Address,
+    /// The length of `subnet4` in bits of the mapped form; 255 where there is none.
+    pub subnet4_bits: u8,
+    /// The length of `subnet6`; 255 where there is none.
+    pub subnet6_bits: u8,
+    /// Its MAC address.
+    pub mac: [u8; 6],
+}
+const _: () = assert!(size_of::<Interface>() == 96);
+
+/// Flag of [`Interface`]: source and destination addresses are checked (SG-4.3).
+pub const SOURCE_DEST_CHECK: u32 = 1;
+
+/// Which policy a group set or network ACL has now. Map `BINDINGS`, memory-mapped by the agent: replacing this one
+/// aligned word is the moment in which a change of rules takes effect.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Binding {
+    /// The number of the compiled policy; 0 denies everything.
+    pub policy: u32,
+    /// Counts the flips: a flow judged under another epoch is looked at again.
+    pub epoch: u32,
+}
+const _: () = assert!(size_of::<Binding>() == 8);
+
+/// One direction of a compiled policy. Map `POLICIES`, at `2 * policy + direction`. Immutable once bound.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Policy {
+    /// The first of this policy's words in `MATRIX`.
+    pub matrix: u32,
+    /// Words in a row of its matrix.
+    pub row_words: u32,
+    /// Rows and columns, for bounds: `rows << 16 | columns`.
+    pub size: u32,
+    /// [`REFERENCES`], and [`free_replies`].
+    pub flags: u32,
+}
+const _: () = assert!(size_of::<Policy>() == 16);
+
+/// Flag of [`Policy`]: some rule refers to a group, so the peer's memberships matter.
+pub const REFERENCES: u32 = 1;
+/// Flag of [`Policy`]: it has at least one rule, for telling `SG_HAS_NO_RULES` from a mismatch.
+pub const HAS_RULES: u32 = 2;
+
+/// The flag of [`Policy`] that says: an any-source rule lets *all* TCP (or UDP) of the family through, so replies to
+/// the other direction's flows need no tracking (SG-3.2). 0 for every other protocol, which is always tracked.
+#[inline(always)]
+pub const fn free_replies(is_v4: bool, protocol: u8) -> u32 {
+    match (is_v4, protocol) {
+        (true, crate::packet::TCP) => 1 << 8,
+        (true, crate::packet::UDP) => 1 << 9,
+        (false, crate::packet::TCP) => 1 << 10,
+        (false, crate::packet::UDP) => 1 << 11,
+        _ => 0,
+    }
+}
+
+/// Key data of the longest-prefix-match map `CIDRS4`: table, then address, in network order.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Cidr4Key {
+    /// [`table`], big-endian.
+    pub table: [u8; 4],
+    /// The peer's address.
+    pub address: [u8; 4],
+}
+
+/// Key data of `CIDRS6`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Cidr6Key {
+    /// [`table`], big-endian.
+    pub table: [u8; 4],
+    /// The peer's address.
+    pub address: [u8; 16],
+}
+
+/// Key data of `PORTS`: table, then protocol, then port, in network order.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct PortKey {
+    /// [`table`], big-endian.
+    pub table: [u8; 4],
+    /// [`crate::policy::protocol_key`], big-endian.
+    pub protocol: [u8; 2],
+    /// The destination port, or an ICMP message's type and code; big-endian.
+    pub port: [u8; 2],
+}
+
+/// One direction of one policy, as the keys of its look-ups carry it.
+#[inline(always)]
+pub const fn table(policy: u32, direction: Direction) -> u32 {
+    policy << 1 | direction as u32
+}
+
+/// Key of the map `REFERENCES`, whose value is a row of the policy's matrix.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ReferenceKey {
+    /// [`table`].
+    pub table: u32,
+    /// The agent's number of the referenced group.
+    pub group: u32,
+}
+
+/// Key of the map `MEMBERS`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct MemberKey {
+    /// The VPC from which the address is seen.
+    pub vpc: u32,
+    /// A private address of a group's member.
+    pub address: Address,
+}
+
+/// The groups that an address is in, as far as any rule refers to them. One write changes a membership for every
+/// policy at once.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Member {
+    /// How many of `groups` count.
+    pub count: u32,
+    /// The agent's numbers of the groups.
+    pub groups: [u32; GROUPS_PER_MEMBER],
+}
+
+/// Key of the map `SECONDARIES`: an interface's own address that is not a primary one. Its value is 1.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct OwnKey {
+    /// The interface's number.
+    pub eni: u32,
+    /// The address.
+    pub address: Address,
+}
+
+/// Key of the map `EXEMPT`: a service that groups and ACLs do not filter (SG-4.1). Its value is 1.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ExemptKey {
+    /// The VPC in which the address serves.
+    pub vpc: u32,
+    /// The service's address.
+    pub address: Address,
+    /// Its port.
+    pub port: u16,
+    /// Its protocol (TCP or UDP).
+    pub protocol: u8,
+    /// Zero.
+    pub pad: u8,
+}
+
+/// Key of the map `FLOWS`: one flow of one interface, the same for both directions.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct FlowKey {
+    /// The interface's number: what a neighbour sends can't touch another's flows.
+    pub eni: u32,
+    /// The address on the instance's side.
+    pub local: Address,
+    /// The peer's address.
+    pub remote: Address,
+    /// The instance's port, or an ICMP query's identifier.
+    pub local_port: u16,
+    /// The peer's port, or an ICMP query's kind.
+    pub remote_port: u16,
+    /// The protocol.
+    pub protocol: u8,
+    /// For ICMP queries who asked, as a [`Direction`]; 0 for the rest. A ping and a ping back are two flows.
+    pub asker: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+}
+const _: () = assert!(size_of::<FlowKey>() == 44);
+
+/// A tracked flow.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Flow {
+    /// When it was last refreshed, in nanoseconds of the programs' clock.
+    pub seen: u64,
+    /// The group policy's epoch under which it was last judged.
+    pub groups: u32,
+    /// The network ACL's epoch under which it was last judged.
+    pub acl: u32,
+    /// [`Config::world`] when it was last judged.
+    pub world: u32,
+    /// A [`crate::conntrack::State`].
+    pub state: u8,
+    /// [`ORIGIN_EGRESS`] and the other flags of a flow.
+    pub flags: u8,
+    /// Zero.
+    pub pad: u16,
+}
+const _: () = assert!(size_of::<Flow>() == 24);
+
+/// Flag of [`Flow`]: the instance began it.
+pub const ORIGIN_EGRESS: u8 = 1;
+/// Flag of [`Flow`]: the ACL was asked about its ingress in this epoch, and allows it.
+pub const ACL_INGRESS: u8 = 2;
+/// Flag of [`Flow`]: the ACL was asked about its egress in this epoch, and allows it.
+pub const ACL_EGRESS: u8 = 4;
+/// Flag of [`Flow`]: neither groups nor ACLs apply (an exempt service, or the agent's proxy).
+pub const UNFILTERED: u8 = 8;
+/// Flag of [`Flow`]: TCP, a FIN came from its origin's side.
+pub const FIN_ORIGIN: u8 = 16;
+/// Flag of [`Flow`]: TCP, a FIN came from the other side.
+pub const FIN_REPLY: u8 = 32;
+/// Flag of [`Flow`]: TCP, after a RST its origin's side went on as if nothing had happened.
+pub const ALIVE_ORIGIN: u8 = 64;
+/// Flag of [`Flow`]: TCP, after a RST the other side went on.
+pub const ALIVE_REPLY: u8 = 128;
+
+/// Key of the map `FRAGMENTS`: a fragmented packet of which the first fragment passed.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct FragmentKey {
+    /// The interface's number.
+    pub eni: u32,
+    /// The packet's source.
+    pub source: Address,
+    /// The packet's destination.
+    pub destination: Address,
+    /// Its identification (16 bits for IPv4, 32 for IPv6), in network order.
+    pub id: u32,
+    /// Its protocol (IPv4 only; RFC 8200 leaves it out of the key).
+    pub protocol: u8,
+    /// A [`Direction`].
+    pub direction: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+}
+const _: () = assert!(size_of::<FragmentKey>() == 44);
+
+/// Settings of one agent. Map `CONFIG`, one entry.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Config {
+    /// Added to the kernel's clock, in nanoseconds; 0 but in tests, which inject time by it.
+    pub clock_advance: u64,
+    /// Idle timeouts in nanoseconds, by [`crate::conntrack::State`] (SG-3.5).
+    pub timeouts: [u64; 12],
+    /// [`CUT_ON_REVOKE`], [`RELATED_ERRORS`].
+    pub flags: u32,
+    /// Counts changes of memberships and own addresses, after which tracked flows are looked at again.
+    pub world: u32,
+    /// The `SO_MARK` of the agent's proxy; 0 for none. Marks do not cross network namespaces, so no instance can
+    /// forge it (kernel: `skb_scrub_packet`).
+    pub proxy_mark: u32,
+    /// [`LAYOUT`].
+    pub layout: u32,
+}
+const _: () = assert!(size_of::<Config>() == 120);
+
+/// Flag of [`Config`]: a revoke ends tracked flows too (SG-3.4, `--on-revoke=cut`).
+pub const CUT_ON_REVOKE: u32 = 1;
+/// Flag of [`Config`]: ICMP errors about tracked flows pass without a rule (SG-3.7, `--icmp-errors=related`).
+pub const RELATED_ERRORS: u32 = 2;
+
+/// Key of the per-CPU map `REASONS`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ReasonKey {
+    /// The interface's number; [`u32::MAX`] where it is unknown.
+    pub eni: u32,
+    /// A [`Direction`].
+    pub direction: u8,
+    /// [`crate::verdict::number`].
+    pub reason: u8,
+    /// Zero.
+    pub pad: u16,
+}
+
+/// Packets and their bytes (of the whole frame).
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Count {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+#[cfg(feature = "user")]
+mod user {
+    use super::*;
+
+    macro_rules! pod {
+        ($($type:ty),+ $(,)?) => {
+            // SAFETY: `repr(C)` integers and arrays without padding, so every bit pattern is a value and may be copied.
+            $(unsafe impl aya::Pod for $type {})+
+        };
+    }
+    pod!(
+        Interface,
+        Binding,
+        Policy,
+        Cidr4Key,
+        Cidr6Key,
+        PortKey,
+        ReferenceKey,
+        MemberKey,
+        Member,
+        OwnKey,
+        ExemptKey,
+        FlowKey,
+        Flow,
+        FragmentKey,
+        Config,
+        ReasonKey,
+        Count,
+        Address,
+    );
+    use crate::addr::Address;
+}

@@ -1,0 +1,254 @@
+//! What a flow is, which packets belong to it, and how it ages. Pure: the table itself is the caller's.
+//!
+//! One entry serves both directions of one interface's flow; its key is written from the instance's side. Two CPUs may
+//! update an entry at the same time: each field is written whole, the worst outcome is one state change or refresh
+//! lost, and the flow's next packet repeats it.
+
+use crate::abi::{ALIVE_ORIGIN, ALIVE_REPLY, Config, Direction, FIN_ORIGIN, FIN_REPLY, Flow, FlowKey, ORIGIN_EGRESS};
+use crate::packet::{ACK, FIN, Packet, Part, RST, SYN, TCP, UDP};
+
+/// Where a flow stands. The number indexes [`Config::timeouts`].
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum State {
+    /// An ICMP query.
+    Icmp = 0,
+    /// TCP: the first SYN passed.
+    SynSent = 1,
+    /// TCP: SYN-ACK came back.
+    SynReceived = 2,
+    /// TCP: the handshake is done, or was before anybody looked (SG-3.9).
+    Established = 3,
+    /// TCP: one side has sent FIN.
+    HalfClosed = 4,
+    /// TCP: both have.
+    TimeWait = 5,
+    /// TCP: a RST passed.
+    Reset = 6,
+    /// UDP: nothing came back yet.
+    UdpOneWay = 7,
+    /// UDP: one exchange.
+    UdpExchange = 8,
+    /// UDP: the origin spoke again after it.
+    UdpAgain = 9,
+    /// UDP: more than one exchange.
+    UdpStream = 10,
+    /// Any other protocol.
+    Other = 11,
+}
+
+impl State {
+    /// Idle timeouts in seconds: AWS's defaults (SG-3.5, SG-3.3); where AWS gives none, those of Linux
+    /// (`nf_conntrack_proto_tcp.c`: SYN sent 120, SYN received 60, FIN wait 120, time wait 120, close 10;
+    /// `nf_conntrack_proto_icmp.c`: 30).
+    pub const DEFAULT_TIMEOUTS: [u64; 12] = [30, 120, 60, 432_000, 120, 120, 10, 30, 30, 30, 180, 600];
+}
+
+/// The part of a flow's idle timeout below which it isn't written again: an established flow costs no store.
+const REFRESH_SHIFT: u32 = 7;
+
+impl FlowKey {
+    /// The flow that a packet belongs to or would begin; `None` for ICMP messages that are not queries or their
+    /// answers, and for packets without their transport header.
+    #[inline(always)]
+    pub fn of(eni: u32, direction: Direction, packet: &Packet) -> Option<Self> {
+        if packet.part == Part::Rest {
+            return None;
+        }
+        let (mut source_port, mut destination_port) = (packet.source_port, packet.destination_port);
+        let mut asker = Direction::Ingress;
+        if packet.is_icmp() {
+            let (kind, is_answer) = icmp_query(packet.is_v4(), packet.icmp_type())?;
+            asker = if is_answer { direction.reverse() } else { direction };
+            // Written so that the identifier becomes the local port in both directions.
+            let id = packet.source_port;
+            (source_port, destination_port) = match direction {
+                Direction::Egress => (id, kind as u16),
+                Direction::Ingress => (kind as u16, id),
+            };
+        }
+        let (local, remote, local_port, remote_port) = match direction {
+            Direction::Egress => (packet.source, packet.destination, source_port, destination_port),
+            Direction::Ingress => (packet.destination, packet.source, destination_port, source_port),
+        };
+        Some(Self {
+            eni,
+            local,
+            remote,
+            local_port,
+            remote_port,
+            protocol: packet.protocol,
+            asker: asker as u8,
+            pad: [0; 2],
+        })
+    }
+}
+
+/// An ICMP query's type, and whether this is the answer to it (RFC 792, RFC 950, RFC 4443).
+#[inline(always)]
+const fn icmp_query(is_v4: bool, kind: u8) -> Option<(u8, bool)> {
+    match (is_v4, kind) {
+        (true, 8) | (true, 13) | (true, 15) | (true, 17) => Some((kind, false)),
+        (true, 0) => Some((8, true)),
+        (true, 14) | (true, 16) | (true, 18) => Some((kind - 1, true)),
+        (false, 128) => Some((128, false)),
+        (false, 129) => Some((128, true)),
+        _ => None,
+    }
+}
+
+/// Whether a packet answers an ICMP query. Only a flow lets replies through; without one, a rule for their type may,
+/// but it makes no flow, or it would let queries through the other way.
+#[inline(always)]
+pub fn is_icmp_answer(packet: &Packet) -> bool {
+    packet.is_icmp() && matches!(icmp_query(packet.is_v4(), packet.icmp_type()), Some((_, true)))
+}
+
+/// Whether a packet is an ICMP error that quotes another packet (SG-3.7). A redirect isn't: it asks for something.
+#[inline(always)]
+pub const fn is_icmp_error(packet: &Packet) -> bool {
+    packet.is_icmp()
+        && if packet.is_v4() {
+            matches!(packet.icmp_type(), 3 | 4 | 11 | 12)
+        } else {
+            matches!(packet.icmp_type(), 1..=4)
+        }
+}
+
+impl Flow {
+    /// A flow that `packet` begins, or is the first one seen of, with `origin` as the direction of its beginning.
+    #[inline(always)]
+    pub fn begin(packet: &Packet, origin: Direction, now: u64) -> Self {
+        let state = match packet.protocol {
+            TCP if packet.is_initial_syn() => State::SynSent,
+            TCP if packet.tcp_flags & FIN != 0 => State::HalfClosed,
+            TCP => State::Established,
+            UDP => State::UdpOneWay,
+            _ if packet.is_icmp() => State::Icmp,
+            _ => State::Other,
+        };
+        let flags = match origin {
+            Direction::Egress => ORIGIN_EGRESS,
+            Direction::Ingress => 0,
+        };
+        Self { seen: now, state: state as u8, flags, ..Self::default() }
+    }
+
+    /// The direction in which it began.
+    #[inline(always)]
+    pub const fn origin(&self) -> Direction {
+        if self.flags & ORIGIN_EGRESS != 0 { Direction::Egress } else { Direction::Ingress }
+    }
+
+    /// Whether it has been idle for longer than its state allows (SG-3.5).
+    #[inline(always)]
+    pub fn is_expired(&self, config: &Config, now: u64) -> bool {
+        now.saturating_sub(self.seen) > timeout(config, self.state)
+    }
+
+    /// Whether a new SYN may take the entry over: the connection that it held is closing or was reset.
+    #[inline(always)]
+    pub const fn is_closing(&self) -> bool {
+        self.state >= State::HalfClosed as u8 && self.state <= State::Reset as u8
+    }
+
+    /// Takes note of one of its packets.
+    #[inline(always)]
+    pub fn observe(&mut self, packet: &Packet, direction: Direction, config: &Config, now: u64) {
+        let is_origin = direction as u8 == self.origin() as u8;
+        let (state, flags) = match packet.protocol {
+            TCP => self.tcp(packet, is_origin),
+            UDP => (self.udp(is_origin), self.flags),
+            _ => (self.state, self.flags),
+        };
+        let is_new_state = state != self.state;
+        if is_new_state {
+            self.state = state;
+        }
+        if flags != self.flags {
+            self.flags = flags;
+        }
+        let is_running_out = !is_new_state && matches_either(state, State::TimeWait, State::Reset);
+        let age = now.saturating_sub(self.seen);
+        if is_new_state || (!is_running_out && age > timeout(config, state) >> REFRESH_SHIFT) {
+            self.seen = now;
+        }
+    }
+
+    /// TCP. No sequence numbers are kept, so nothing that could be a guess is believed for good: data after a FIN from
+    /// the same side, or both sides going on after a RST, put the flow back. A SYN never gets here (it is judged by
+    /// the rules), so no forged close can open anything.
+    #[inline(always)]
+    fn tcp(&self, packet: &Packet, is_origin: bool) -> (u8, u8) {
+        let tcp = packet.tcp_flags;
+        let (fin, alive) = if is_origin { (FIN_ORIGIN, ALIVE_ORIGIN) } else { (FIN_REPLY, ALIVE_REPLY) };
+        let mut flags = self.flags;
+        if tcp & RST != 0 {
+            return (State::Reset as u8, flags & !(ALIVE_ORIGIN | ALIVE_REPLY));
+        }
+        if self.state == State::Reset as u8 {
+            flags |= alive;
+            if flags & (ALIVE_ORIGIN | ALIVE_REPLY) != ALIVE_ORIGIN | ALIVE_REPLY {
+                return (self.state, flags);
+            }
+            flags &= !(ALIVE_ORIGIN | ALIVE_REPLY | FIN_ORIGIN | FIN_REPLY);
+            return (State::Established as u8, flags);
+        }
+        if tcp & FIN != 0 {
+            flags |= fin;
+        } else if flags & fin != 0 && self.has_payload(packet) {
+            flags &= !fin;
+        }
+        let state = match flags & (FIN_ORIGIN | FIN_REPLY) {
+            0 if self.state == State::SynSent as u8 => {
+                if !is_origin && tcp & (SYN | ACK) == SYN | ACK {
+                    State::SynReceived as u8
+                } else {
+                    self.state
+                }
+            }
+            0 if self.state == State::SynReceived as u8 => {
+                if is_origin && tcp & ACK != 0 {
+                    State::Established as u8
+                } else {
+                    self.state
+                }
+            }
+            0 => State::Established as u8,
+            both if both == FIN_ORIGIN | FIN_REPLY => State::TimeWait as u8,
+            _ => State::HalfClosed as u8,
+        };
+        (state, flags)
+    }
+
+    #[inline(always)]
+    fn has_payload(&self, packet: &Packet) -> bool {
+        packet.transport_length > packet.transport_header
+    }
+
+    /// UDP: "one-way or one exchange" against "more than one exchange" (SG-3.5).
+    #[inline(always)]
+    const fn udp(&self, is_origin: bool) -> u8 {
+        const ONE_WAY: u8 = State::UdpOneWay as u8;
+        const EXCHANGE: u8 = State::UdpExchange as u8;
+        const AGAIN: u8 = State::UdpAgain as u8;
+        match (self.state, is_origin) {
+            (ONE_WAY, false) => EXCHANGE,
+            (EXCHANGE, true) => AGAIN,
+            (AGAIN, false) => State::UdpStream as u8,
+            (state, _) => state,
+        }
+    }
+}
+
+#[inline(always)]
+const fn matches_either(state: u8, one: State, other: State) -> bool {
+    state == one as u8 || state == other as u8
+}
+
+#[inline(always)]
+fn timeout(config: &Config, state: u8) -> u64 {
+    // VERIFIER: masked, so that the index is bounded where the state came from a map.
+    let index = (state & 15) as usize;
+    if index < config.timeouts.len() { config.timeouts[index] } else { 0 }
+}

@@ -1,0 +1,239 @@
+//! What an interface may send and receive at all, whatever the rules say: its own addresses, no multicast, honest ARP
+//! and neighbour discovery (SG-4.2 to SG-4.4), and DHCP (SG-4.1).
+
+use crate::abi::{Direction, Interface, SOURCE_DEST_CHECK};
+use crate::addr::Address;
+use crate::packet::{ETHERNET, Ethernet, Frame, ICMPV6, Packet, Part, UDP};
+use crate::policy::Tables;
+use crate::verdict::{Drop, Pass, Verdict};
+
+const BROADCAST: Address = Address::v4([255; 4]);
+
+/// Judges an ARP frame (RFC 826, for Ethernet and IPv4).
+#[inline(always)]
+pub fn arp<T: Tables>(
+    tables: &T,
+    interface: &Interface,
+    direction: Direction,
+    ethernet: &Ethernet,
+    frame: &impl Frame,
+) -> Verdict {
+    let h: [u8; 28] = frame.load(ETHERNET).ok_or(Drop::Malformed)?;
+    if [h[0], h[1], h[2], h[3], h[4], h[5]] != [0, 1, 0x08, 0x00, 6, 4] {
+        return Err(Drop::Malformed);
+    }
+    if direction == Direction::Egress {
+        let sender_mac = [h[8], h[9], h[10], h[11], h[12], h[13]];
+        let sender = Address::v4([h[14], h[15], h[16], h[17]]);
+        if ethernet.source != interface.mac {
+            return Err(Drop::SourceMac);
+        }
+        // A probe's sender address is zero (RFC 5227, 2.1.1).
+        let is_probe = sender == Address::v4([0; 4]);
+        if sender_mac != interface.mac || !(is_probe || may_speak_for(tables, interface, &sender)) {
+            return Err(Drop::ForgedArp);
+        }
+    }
+    Ok(Pass::Neighbor)
+}
+
+/// Judges what needs no rule: `Ok(Some)` lets the packet go on at once, `Ok(None)` leaves it to flows and rules.
+#[inline(always)]
+pub fn check<T: Tables>(
+    tables: &T,
+    interface: &Interface,
+    direction: Direction,
+    ethernet: &Ethernet,
+    packet: &Packet,
+    frame: &impl Frame,
+) -> Result<Option<Pass>, Drop> {
+    match direction {
+        Direction::Egress => sends(tables, interface, ethernet, packet, frame),
+        Direction::Ingress => receives(tables, interface, ethernet, packet, frame),
+    }
+}
+
+#[inline(always)]
+fn sends<T: Tables>(
+    tables: &T,
+    interface: &Interface,
+    ethernet: &Ethernet,
+    packet: &Packet,
+    frame: &impl Frame,
+) -> Result<Option<Pass>, Drop> {
+    if ethernet.source != interface.mac {
+        return Err(Drop::SourceMac);
+    }
+    if is_neighbor_discovery(packet) {
+        return neighbor_discovery(tables, interface, packet, frame).map(Some);
+    }
+    let is_group = is_group(ethernet, interface, &packet.destination);
+    if is_group && is_dhcp_request(interface, packet) {
+        return Ok(Some(Pass::Dhcp));
+    }
+    if !may_speak_for(tables, interface, &packet.source) {
+        return Err(Drop::SourceAddress);
+    }
+    if is_group { Err(Drop::Multicast) } else { Ok(None) }
+}
+
+#[inline(always)]
+fn receives<T: Tables>(
+    tables: &T,
+    interface: &Interface,
+    ethernet: &Ethernet,
+    packet: &Packet,
+    frame: &impl Frame,
+) -> Result<Option<Pass>, Drop> {
+    if is_neighbor_discovery(packet) {
+        return if hop_limit(frame) == Some(255) { Ok(Some(Pass::Neighbor)) } else { Err(Drop::ForgedNeighbor) };
+    }
+    if is_dhcp_reply(packet) && tables.is_exempt(interface.vpc, &packet.source, UDP, packet.source_port) {
+        return Ok(Some(Pass::Dhcp));
+    }
+    if is_group(ethernet, interface, &packet.destination) {
+        return Err(Drop::Multicast);
+    }
+    if may_speak_for(tables, interface, &packet.destination) { Ok(None) } else { Err(Drop::DestinationAddress) }
+}
+
+/// Whether the address is one of the interface's own, or need not be (SG-4.3).
+#[inline(always)]
+fn may_speak_for<T: Tables>(tables: &T, interface: &Interface, address: &Address) -> bool {
+    interface.flags & SOURCE_DEST_CHECK == 0 || owns(tables, interface, address)
+}
+
+#[inline(always)]
+fn owns<T: Tables>(tables: &T, interface: &Interface, address: &Address) -> bool {
+    *address != Address::UNSPECIFIED
+        && (*address == interface.ipv4 || *address == interface.ipv6 || tables.is_secondary(interface.eni, address))
+}
+
+/// Broadcast or multicast, by either layer's address (SG-4.4). An IPv4 subnet's own broadcast address counts.
+#[inline(always)]
+fn is_group(ethernet: &Ethernet, interface: &Interface, destination: &Address) -> bool {
+    ethernet.destination[0] & 1 != 0
+        || destination.is_multicast()
+        || *destination == BROADCAST
+        || is_subnet_broadcast(interface, destination)
+}
+
+#[inline(always)]
+fn is_subnet_broadcast(interface: &Interface, destination: &Address) -> bool {
+    let bits = interface.subnet4_bits;
+    if !(96..127).contains(&bits) || !destination.is_v4() {
+        return false;
+    }
+    let host = u32::MAX >> (bits - 96);
+    let ours = u32::from_be_bytes(interface.subnet4.low()) | host;
+    u32::from_be_bytes(destination.low()) == ours
+}
+
+/// A DHCP client's broadcast (RFC 2131, 4.1), or a DHCPv6 one's multicast (RFC 9915, 7.1).
+#[inline(always)]
+fn is_dhcp_request(interface: &Interface, packet: &Packet) -> bool {
+    const ALL_DHCP_AGENTS: Address = Address::v6([0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 2]);
+    if packet.protocol != UDP || packet.part != Part::Whole {
+        return false;
+    }
+    if packet.is_v4() {
+        (packet.source_port, packet.destination_port) == (68, 67)
+            && packet.destination == BROADCAST
+            && (packet.source == Address::v4([0; 4]) || packet.source == interface.ipv4)
+    } else {
+        (packet.source_port, packet.destination_port) == (546, 547)
+            && packet.destination == ALL_DHCP_AGENTS
+            && packet.source.is_link_local_v6()
+    }
+}
+
+#[inline(always)]
+fn is_dhcp_reply(packet: &Packet) -> bool {
+    packet.protocol == UDP
+        && packet.part == Part::Whole
+        && matches!((packet.is_v4(), packet.source_port, packet.destination_port), (true, 67, 68) | (false, 547, 546))
+}
+
+const ROUTER_SOLICITATION: u8 = 133;
+const NEIGHBOR_SOLICITATION: u8 = 135;
+const NEIGHBOR_ADVERTISEMENT: u8 = 136;
+const REDIRECT: u8 = 137;
+
+/// RFC 4861's messages. It forbids nothing about fragments, RFC 6980 does: fragmented ones are left to the rules.
+#[inline(always)]
+fn is_neighbor_discovery(packet: &Packet) -> bool {
+    packet.protocol == ICMPV6
+        && !packet.is_v4()
+        && packet.part == Part::Whole
+        && packet.icmp_type() >= ROUTER_SOLICITATION
+        && packet.icmp_type() <= REDIRECT
+}
+
+/// Judges a neighbour discovery message that the instance sends: only in its own name, only as a host.
+#[inline(always)]
+fn neighbor_discovery<T: Tables>(tables: &T, interface: &Interface, packet: &Packet, frame: &impl Frame) -> Verdict {
+    // RFC 4861, 6.1 and 7.1: anything but 255 was forwarded, which a genuine message never is.
+    if hop_limit(frame) != Some(255) {
+        return Err(Drop::ForgedNeighbor);
+    }
+    if interface.flags & SOURCE_DEST_CHECK == 0 {
+        return Ok(Pass::Neighbor);
+    }
+    let source = &packet.source;
+    let is_honest = match packet.icmp_type() {
+        ROUTER_SOLICITATION => {
+            // 8 bytes, then options.
+            source_is_own(tables, interface, source) && links_to_self(interface, packet, frame, 8)
+        }
+        NEIGHBOR_SOLICITATION => {
+            source_is_own(tables, interface, source) && links_to_self(interface, packet, frame, 24)
+        }
+        NEIGHBOR_ADVERTISEMENT => {
+            let target: [u8; 16] = frame.load(packet.transport + 8).ok_or(Drop::Malformed)?;
+            source_is_own(tables, interface, source)
+                && is_own_or_link_local(tables, interface, &Address::v6(target))
+                && links_to_self(interface, packet, frame, 24)
+        }
+        // Router advertisements and redirects are a router's.
+        _ => false,
+    };
+    if is_honest { Ok(Pass::Neighbor) } else { Err(Drop::ForgedNeighbor) }
+}
+
+/// Duplicate address detection sends from `::` (RFC 4862, 5.4.2).
+#[inline(always)]
+fn source_is_own<T: Tables>(tables: &T, interface: &Interface, source: &Address) -> bool {
+    *source == Address::UNSPECIFIED || is_own_or_link_local(tables, interface, source)
+}
+
+#[inline(always)]
+fn is_own_or_link_local<T: Tables>(tables: &T, interface: &Interface, address: &Address) -> bool {
+    let m = interface.mac;
+    // The address that a host makes of its MAC (RFC 4291, appendix A).
+    let eui64 = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, m[0] ^ 2, m[1], m[2], 0xff, 0xfe, m[3], m[4], m[5]];
+    *address == Address::v6(eui64) || owns(tables, interface, address)
+}
+
+/// Whether the link-layer address option after `fixed` bytes of the message, if there is one, is the interface's.
+/// Hosts put it first; a message with anything else there is refused, since a later one would go unseen.
+#[inline(always)]
+fn links_to_self(interface: &Interface, packet: &Packet, frame: &impl Frame, fixed: usize) -> bool {
+    const NONCE: u8 = 14;
+    if packet.transport_length == fixed {
+        return true;
+    }
+    let Some(option) = frame.load::<8>(packet.transport + fixed) else { return false };
+    let is_alone = packet.transport_length == fixed + 8;
+    match option[0] {
+        // Source or target link-layer address (RFC 4861, 4.6.1).
+        1 | 2 => is_alone && option[1] == 1 && option[2..8] == interface.mac,
+        // Duplicate address detection's nonce (RFC 7527); it names nobody.
+        NONCE => is_alone && option[1] == 1,
+        _ => false,
+    }
+}
+
+#[inline(always)]
+fn hop_limit(frame: &impl Frame) -> Option<u8> {
+    frame.load::<1>(ETHERNET + 7).map(|byte| byte[0])
+}

@@ -1,0 +1,129 @@
+//! Do the rules allow it? The look-ups in a compiled policy, the same for the kernel, the proxy and `explain`.
+//!
+//! A policy is a matrix: rows are classes of peers, columns classes of (protocol, port), and a cell says what the
+//! rules that cover both allow. Two longest-prefix matches find row and column, however many rules there are.
+//! Network ACLs are policies too; their order was settled when they were compiled.
+
+use crate::abi::{self, Binding, Config, Direction, Interface, Member, Policy};
+use crate::addr::Address;
+use crate::packet::{ICMP, ICMPV6};
+
+/// The maps that the agent writes and decisions read. The kernel's are BPF maps, userspace's are in memory.
+///
+/// Rows, columns and the like that aren't there read as 0, which allows nothing.
+pub trait Tables {
+    /// The agent's settings.
+    fn config(&self) -> Config;
+    /// `BINDINGS`.
+    fn binding(&self, index: u32) -> Binding;
+    /// `POLICIES`.
+    fn policy(&self, table: u32) -> Option<Policy>;
+    /// `CIDRS4` and `CIDRS6`: the row of a peer's address.
+    fn row(&self, table: u32, peer: &Address) -> u32;
+    /// `PORTS`: the column of a [`protocol_key`] and port.
+    fn column(&self, table: u32, protocol: u16, port: u16) -> u32;
+    /// `MATRIX`: 32 cells of two bits.
+    fn cells(&self, word: u32) -> u64;
+    /// `REFERENCES`: the row of a referenced group.
+    fn reference(&self, table: u32, group: u32) -> u32;
+    /// `MEMBERS`: calls `visit` with the groups that an address is in, until it returns true; whether it did.
+    fn any_group(&self, vpc: u32, peer: &Address, visit: impl Fn(u32) -> bool) -> bool;
+    /// `SECONDARIES`.
+    fn is_secondary(&self, eni: u32, address: &Address) -> bool;
+    /// `EXEMPT`.
+    fn is_exempt(&self, vpc: u32, address: &Address, protocol: u8, port: u16) -> bool;
+}
+
+/// What a policy says about one packet.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Match {
+    /// No rule covers it.
+    None = 0,
+    /// A rule allows it, and none of those that do has any source (SG-3.2).
+    Narrow = 1,
+    /// A rule with `0.0.0.0/0` or `::/0` allows it.
+    Any = 2,
+}
+
+/// What is looked up: the other end, and where the packet goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Query<'a> {
+    /// The address on the other side of the interface.
+    pub peer: &'a Address,
+    /// The upper-layer protocol.
+    pub protocol: u8,
+    /// The destination port, or an ICMP message's type << 8 | code; 0 for other protocols.
+    pub port: u16,
+}
+
+/// The protocol as `PORTS` knows it. ICMP within IPv6 and ICMPv6 within IPv4 have keys that no rule has, so only a
+/// rule for every protocol covers them (SG-1.5).
+#[inline(always)]
+pub const fn protocol_key(is_v4: bool, protocol: u8) -> u16 {
+    match (is_v4, protocol) {
+        (false, ICMP) | (true, ICMPV6) => 0x100 | protocol as u16,
+        _ => protocol as u16,
+    }
+}
+
+/// Looks `query` up in one direction of a policy.
+#[inline(always)]
+pub fn find<T: Tables>(tables: &T, table: u32, policy: &Policy, vpc: u32, query: &Query) -> Match {
+    let protocol = protocol_key(query.peer.is_v4(), query.protocol);
+    let column = tables.column(table, protocol, query.port);
+    if column == 0 {
+        return Match::None;
+    }
+    let by_address = cell(tables, policy, tables.row(table, query.peer), column);
+    if by_address != Match::None || policy.flags & abi::REFERENCES == 0 {
+        return by_address;
+    }
+    let by_group = tables.any_group(vpc, query.peer, |group| {
+        cell(tables, policy, tables.reference(table, group), column) != Match::None
+    });
+    if by_group { Match::Narrow } else { Match::None }
+}
+
+/// One cell of a policy's matrix. Row and column 0 are those of no rule.
+#[inline(always)]
+fn cell<T: Tables>(tables: &T, policy: &Policy, row: u32, column: u32) -> Match {
+    if row == 0 || row >= policy.size >> 16 || column >= policy.size & 0xffff {
+        return Match::None;
+    }
+    let word = tables.cells(policy.matrix + row * policy.row_words + (column >> 5));
+    match word >> ((column & 31) * 2) & 3 {
+        1 => Match::Narrow,
+        2 => Match::Any,
+        _ => Match::None,
+    }
+}
+
+/// Whether the subnet's network ACL lets a packet through (SG-5.1). Within the subnet it has no say (SG-5.2).
+#[inline(always)]
+pub fn acl_allows<T: Tables>(tables: &T, interface: &Interface, direction: Direction, query: &Query) -> bool {
+    if interface.acl == 0
+        || query.peer.within(&interface.subnet4, interface.subnet4_bits)
+        || query.peer.within(&interface.subnet6, interface.subnet6_bits)
+    {
+        return true;
+    }
+    let table = abi::table(tables.binding(interface.acl).policy, direction);
+    match tables.policy(table) {
+        Some(policy) => find(tables, table, &policy, interface.vpc, query) != Match::None,
+        None => false,
+    }
+}
+
+/// A member's groups, one by one, until `visit` returns true.
+#[inline(always)]
+pub fn visit_groups(member: &Member, visit: impl Fn(u32) -> bool) -> bool {
+    for (index, &group) in member.groups.iter().enumerate() {
+        if index as u32 >= member.count {
+            break;
+        }
+        if visit(group) {
+            return true;
+        }
+    }
+    false
+}
