@@ -79,18 +79,23 @@ pub struct Interface {
     pub ipv4: Address,
     /// Its primary IPv6 address, or unspecified.
     pub ipv6: Address,
-    /// Its subnet's IPv4 network.
+    /// Its subnet's IPv4 network, or [`NOWHERE`].
     pub subnet4: Address,
-    /// Its subnet's IPv6 network.
+    /// The mask of `subnet4`.
+    pub mask4: Address,
+    /// Its subnet's IPv6 network, or [`NOWHERE`].
     pub subnet6: Address,
-    /// The length of `subnet4` in bits of the mapped form; 255 where there is none.
-    pub subnet4_bits: u8,
-    /// The length of `subnet6`; 255 where there is none.
-    pub subnet6_bits: u8,
+    /// The mask of `subnet6`.
+    pub mask6: Address,
     /// Its MAC address.
     pub mac: [u8; 6],
+    /// Zero.
+    pub pad: [u8; 2],
 }
-const _: () = assert!(size_of::<Interface>() == 96);
+const _: () = assert!(size_of::<Interface>() == 128);
+
+/// With a full mask, a network that no packet's address is in.
+pub const NOWHERE: Address = Address([u32::MAX; 4]);
 
 /// Flag of [`Interface`]: source and destination addresses are checked (SG-4.3).
 pub const SOURCE_DEST_CHECK: u32 = 1;

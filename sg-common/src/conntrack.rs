@@ -104,6 +104,15 @@ pub fn is_icmp_answer(packet: &Packet) -> bool {
     packet.is_icmp() && matches!(icmp_query(packet.is_v4(), packet.icmp_type()), Some((_, true)))
 }
 
+/// The type of the query that a packet's ICMP flow began with, as rules are asked for it: type << 8, code 0.
+#[inline(always)]
+pub fn icmp_request(packet: &Packet) -> u16 {
+    match icmp_query(packet.is_v4(), packet.icmp_type()) {
+        Some((kind, _)) => (kind as u16) << 8,
+        None => packet.destination_port,
+    }
+}
+
 /// Whether a packet is an ICMP error that quotes another packet (SG-3.7). A redirect isn't: it asks for something.
 #[inline(always)]
 pub const fn is_icmp_error(packet: &Packet) -> bool {
@@ -196,7 +205,7 @@ impl Flow {
         }
         if tcp & FIN != 0 {
             flags |= fin;
-        } else if flags & fin != 0 && self.has_payload(packet) {
+        } else if flags & fin != 0 && packet.transport_length > packet.transport_header {
             flags &= !fin;
         }
         let state = match flags & (FIN_ORIGIN | FIN_REPLY) {
@@ -219,11 +228,6 @@ impl Flow {
             _ => State::HalfClosed as u8,
         };
         (state, flags)
-    }
-
-    #[inline(always)]
-    fn has_payload(&self, packet: &Packet) -> bool {
-        packet.transport_length > packet.transport_header
     }
 
     /// UDP: "one-way or one exchange" against "more than one exchange" (SG-3.5).

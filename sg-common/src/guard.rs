@@ -120,13 +120,10 @@ fn is_group(ethernet: &Ethernet, interface: &Interface, destination: &Address) -
 
 #[inline(always)]
 fn is_subnet_broadcast(interface: &Interface, destination: &Address) -> bool {
-    let bits = interface.subnet4_bits;
-    if !(96..127).contains(&bits) || !destination.is_v4() {
-        return false;
-    }
-    let host = u32::MAX >> (bits - 96);
-    let ours = u32::from_be_bytes(interface.subnet4.low()) | host;
-    u32::from_be_bytes(destination.low()) == ours
+    let mask = u32::from_be_bytes(interface.mask4.low());
+    let broadcast = u32::from_be_bytes(interface.subnet4.low()) | !mask;
+    // A /31 has none (RFC 3021), nor has a single address.
+    destination.is_v4() && mask < u32::MAX - 1 && u32::from_be_bytes(destination.low()) == broadcast
 }
 
 /// A DHCP client's broadcast (RFC 2131, 4.1), or a DHCPv6 one's multicast (RFC 9915, 7.1).
@@ -217,7 +214,7 @@ fn is_own_or_link_local<T: Tables>(tables: &T, interface: &Interface, address: &
 /// Whether the link-layer address option after `fixed` bytes of the message, if there is one, is the interface's.
 /// Hosts put it first; a message with anything else there is refused, since a later one would go unseen.
 #[inline(always)]
-fn links_to_self(interface: &Interface, packet: &Packet, frame: &impl Frame, fixed: usize) -> bool {
+fn links_to_self(interface: &Interface, packet: &Packet, frame: &impl Frame, fixed: u32) -> bool {
     const NONCE: u8 = 14;
     if packet.transport_length == fixed {
         return true;

@@ -25,20 +25,20 @@ pub const RST: u8 = 0x04;
 pub const ACK: u8 = 0x10;
 
 /// Length of an Ethernet header in bytes; the network header follows.
-pub const ETHERNET: usize = 14;
+pub const ETHERNET: u32 = 14;
 /// Extension headers that one IPv6 packet may have. RFC 8200, 4.1 recommends each at most once, destination options
-/// twice: seven. Twice that is enough for any stack; the verifier wants a bound.
-const MAX_EXTENSIONS: usize = 14;
+/// twice: seven. The verifier wants a bound.
+const MAX_EXTENSIONS: usize = 8;
 /// Bytes of the longest transport header that is judged (TCP's without options): no later fragment may start within
 /// them (RFC 1858, RFC 3128).
-const JUDGED: usize = 20;
+const JUDGED: u32 = 20;
 
 /// The bytes of a frame, from its Ethernet header on.
 pub trait Frame {
     /// `N` bytes at `offset`, or `None` where the frame ends before.
-    fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
     /// The frame's length in bytes. With segmentation offload it exceeds the MTU.
-    fn len(&self) -> usize;
+    fn len(&self) -> u32;
     /// Whether the frame has no byte at all.
     fn is_empty(&self) -> bool {
         self.len() == 0
@@ -46,11 +46,12 @@ pub trait Frame {
 }
 
 impl Frame for &[u8] {
-    fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let offset = offset as usize;
         self.get(offset..offset.checked_add(N)?)?.try_into().ok()
     }
-    fn len(&self) -> usize {
-        <[u8]>::len(self)
+    fn len(&self) -> u32 {
+        <[u8]>::len(self) as u32
     }
 }
 
@@ -75,7 +76,7 @@ pub const IPV6: u16 = 0x86dd;
 /// Reads the Ethernet header. Tagged frames and those that are neither IP nor ARP end here.
 #[inline(always)]
 pub fn ethernet(frame: &impl Frame) -> Result<Ethernet, Drop> {
-    let h: [u8; ETHERNET] = frame.load(0).ok_or(Drop::Malformed)?;
+    let h: [u8; ETHERNET as usize] = frame.load(0).ok_or(Drop::Malformed)?;
     let header = Ethernet {
         destination: [h[0], h[1], h[2], h[3], h[4], h[5]],
         source: [h[6], h[7], h[8], h[9], h[10], h[11]],
@@ -90,6 +91,7 @@ pub fn ethernet(frame: &impl Frame) -> Result<Ethernet, Drop> {
 }
 
 /// Which part of a packet a frame carries.
+#[repr(u8)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Part {
     /// All of it.
@@ -101,6 +103,7 @@ pub enum Part {
 }
 
 /// An IP packet: what rules and flows are matched on.
+#[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Packet {
     /// Where it comes from.
@@ -123,11 +126,11 @@ pub struct Packet {
     /// Rest: where this fragment starts.
     pub fragment_offset: u16,
     /// Where the transport header starts in the frame.
-    pub transport: usize,
+    pub transport: u32,
     /// Bytes from the transport header to the packet's end.
-    pub transport_length: usize,
+    pub transport_length: u32,
     /// Bytes of a TCP header, options included; 0 for other protocols.
-    pub transport_header: usize,
+    pub transport_header: u32,
 }
 
 impl Packet {
@@ -178,12 +181,12 @@ pub fn ip(frame: &impl Frame, ethernet: &Ethernet) -> Result<Packet, Drop> {
 
 /// The IPv4 header at `start` (RFC 791). Options are stepped over: they change nothing that rules see.
 #[inline(always)]
-fn ipv4(frame: &impl Frame, start: usize) -> Result<Packet, Drop> {
+fn ipv4(frame: &impl Frame, start: u32) -> Result<Packet, Drop> {
     let h: [u8; 20] = frame.load(start).ok_or(Drop::Malformed)?;
-    let header = (h[0] & 0x0f) as usize * 4;
+    let header = (h[0] & 0x0f) as u32 * 4;
     let available = frame.len().wrapping_sub(start);
-    let mut total = u16::from_be_bytes([h[2], h[3]]) as usize;
-    if total == 0 && available > u16::MAX as usize {
+    let mut total = u16::from_be_bytes([h[2], h[3]]) as u32;
+    if total == 0 && available > u16::MAX as u32 {
         // BIG TCP: an offloaded packet past 64 KiB (kernel commit b1a78b9b9886, "ipv4: BIG TCP").
         total = available;
     }
@@ -211,7 +214,7 @@ fn ipv4(frame: &impl Frame, start: usize) -> Result<Packet, Drop> {
 
 /// The IPv6 header at `start` and its extension headers (RFC 8200).
 #[inline(always)]
-fn ipv6(frame: &impl Frame, start: usize) -> Result<Packet, Drop> {
+fn ipv6(frame: &impl Frame, start: u32) -> Result<Packet, Drop> {
     const HOP_BY_HOP: u8 = 0;
     const ROUTING: u8 = 43;
     const FRAGMENT: u8 = 44;
@@ -219,8 +222,8 @@ fn ipv6(frame: &impl Frame, start: usize) -> Result<Packet, Drop> {
 
     let h: [u8; 40] = frame.load(start).ok_or(Drop::Malformed)?;
     let available = frame.len().wrapping_sub(start);
-    let mut end = u16::from_be_bytes([h[4], h[5]]) as usize + 40;
-    if end == 40 && available > u16::MAX as usize {
+    let mut end = u16::from_be_bytes([h[4], h[5]]) as u32 + 40;
+    if end == 40 && available > u16::MAX as u32 {
         // A jumbogram (RFC 2675), as BIG TCP makes them (kernel commit 09f3d1a3a52c).
         end = available;
     }
@@ -255,7 +258,7 @@ fn ipv6(frame: &impl Frame, start: usize) -> Result<Packet, Drop> {
                     return Err(Drop::RoutingHeader);
                 }
                 packet.protocol = h[0];
-                packet.transport += (h[1] as usize + 1) * 8;
+                packet.transport += (h[1] as u32 + 1) * 8;
             }
             FRAGMENT => {
                 let h: [u8; 8] = frame.load(packet.transport).ok_or(Drop::Malformed)?;
@@ -303,7 +306,7 @@ fn transport(frame: &impl Frame, packet: &mut Packet) -> Result<(), Drop> {
     match packet.protocol {
         TCP => {
             let h: [u8; 14] = frame.load(at).ok_or(Drop::Malformed)?;
-            let header = (h[12] >> 4) as usize * 4;
+            let header = (h[12] >> 4) as u32 * 4;
             if header < 20 || length < header {
                 return Err(Drop::Malformed);
             }
@@ -344,7 +347,7 @@ pub fn quoted(frame: &impl Frame, error: &Packet) -> Result<Packet, Drop> {
     let head: [u8; 20] = frame.load(start).ok_or(Drop::Malformed)?;
     let (protocol, source, destination, at) = if is_v4 {
         // Not `ipv4`: the quote is cut short, so its total length says nothing.
-        let header = (head[0] & 0x0f) as usize * 4;
+        let header = (head[0] & 0x0f) as u32 * 4;
         let fragment = u16::from_be_bytes([head[6], head[7]]);
         if head[0] >> 4 != 4 || header < 20 || fragment & 0x1fff != 0 {
             return Err(Drop::Malformed);

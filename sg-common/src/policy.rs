@@ -12,8 +12,8 @@ use crate::packet::{ICMP, ICMPV6};
 ///
 /// Rows, columns and the like that aren't there read as 0, which allows nothing.
 pub trait Tables {
-    /// The agent's settings.
-    fn config(&self) -> Config;
+    /// The agent's settings; `None` only where the maps are not the agent's.
+    fn config(&self) -> Option<&Config>;
     /// `BINDINGS`.
     fn binding(&self, index: u32) -> Binding;
     /// `POLICIES`.
@@ -26,8 +26,8 @@ pub trait Tables {
     fn cells(&self, word: u32) -> u64;
     /// `REFERENCES`: the row of a referenced group.
     fn reference(&self, table: u32, group: u32) -> u32;
-    /// `MEMBERS`: calls `visit` with the groups that an address is in, until it returns true; whether it did.
-    fn any_group(&self, vpc: u32, peer: &Address, visit: impl Fn(u32) -> bool) -> bool;
+    /// `MEMBERS`: the groups that an address is in.
+    fn member(&self, vpc: u32, peer: &Address) -> Option<&Member>;
     /// `SECONDARIES`.
     fn is_secondary(&self, eni: u32, address: &Address) -> bool;
     /// `EXEMPT`.
@@ -78,10 +78,16 @@ pub fn find<T: Tables>(tables: &T, table: u32, policy: &Policy, vpc: u32, query:
     if by_address != Match::None || policy.flags & abi::REFERENCES == 0 {
         return by_address;
     }
-    let by_group = tables.any_group(vpc, query.peer, |group| {
-        cell(tables, policy, tables.reference(table, group), column) != Match::None
-    });
-    if by_group { Match::Narrow } else { Match::None }
+    let Some(member) = tables.member(vpc, query.peer) else { return Match::None };
+    for (index, &group) in member.groups.iter().enumerate() {
+        if index as u32 >= member.count {
+            break;
+        }
+        if cell(tables, policy, tables.reference(table, group), column) != Match::None {
+            return Match::Narrow;
+        }
+    }
+    Match::None
 }
 
 /// One cell of a policy's matrix. Row and column 0 are those of no rule.
@@ -100,30 +106,21 @@ fn cell<T: Tables>(tables: &T, policy: &Policy, row: u32, column: u32) -> Match 
 
 /// Whether the subnet's network ACL lets a packet through (SG-5.1). Within the subnet it has no say (SG-5.2).
 #[inline(always)]
-pub fn acl_allows<T: Tables>(tables: &T, interface: &Interface, direction: Direction, query: &Query) -> bool {
-    if interface.acl == 0
-        || query.peer.within(&interface.subnet4, interface.subnet4_bits)
-        || query.peer.within(&interface.subnet6, interface.subnet6_bits)
+pub fn acl_allows<T: Tables>(
+    tables: &T,
+    interface: &Interface,
+    acl: Binding,
+    direction: Direction,
+    query: &Query,
+) -> bool {
+    if query.peer.within(&interface.subnet4, &interface.mask4)
+        || query.peer.within(&interface.subnet6, &interface.mask6)
     {
         return true;
     }
-    let table = abi::table(tables.binding(interface.acl).policy, direction);
+    let table = abi::table(acl.policy, direction);
     match tables.policy(table) {
         Some(policy) => find(tables, table, &policy, interface.vpc, query) != Match::None,
         None => false,
     }
-}
-
-/// A member's groups, one by one, until `visit` returns true.
-#[inline(always)]
-pub fn visit_groups(member: &Member, visit: impl Fn(u32) -> bool) -> bool {
-    for (index, &group) in member.groups.iter().enumerate() {
-        if index as u32 >= member.count {
-            break;
-        }
-        if visit(group) {
-            return true;
-        }
-    }
-    false
 }

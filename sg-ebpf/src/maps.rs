@@ -1,0 +1,194 @@
+//! The maps, as the programs see them. `sg_common::abi` has their types and sizes; only the agent writes rules.
+
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
+use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap};
+use sg_common::abi::*;
+use sg_common::addr::Address;
+use sg_common::judge::{Full, Memory};
+use sg_common::packet::Packet;
+use sg_common::policy::Tables;
+
+#[map]
+static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+#[map]
+static INTERFACES: HashMap<u32, Interface> = HashMap::with_max_entries(MAX_INTERFACES, 0);
+#[map]
+static BINDINGS: Array<Binding> = Array::with_max_entries(MAX_BINDINGS, BPF_F_MMAPABLE);
+#[map]
+static POLICIES: Array<Policy> = Array::with_max_entries(2 * MAX_POLICIES, 0);
+#[map]
+static CIDRS4: LpmTrie<Cidr4Key, u32> = LpmTrie::with_max_entries(MAX_PREFIXES, BPF_F_NO_PREALLOC);
+#[map]
+static CIDRS6: LpmTrie<Cidr6Key, u32> = LpmTrie::with_max_entries(MAX_PREFIXES, BPF_F_NO_PREALLOC);
+#[map]
+static PORTS: LpmTrie<PortKey, u32> = LpmTrie::with_max_entries(MAX_PORTS, BPF_F_NO_PREALLOC);
+#[map]
+static MATRIX: Array<u64> = Array::with_max_entries(MATRIX_WORDS, BPF_F_MMAPABLE);
+#[map]
+static REFERENCES: HashMap<ReferenceKey, u32> = HashMap::with_max_entries(MAX_REFERENCES, BPF_F_NO_PREALLOC);
+#[map]
+static MEMBERS: HashMap<MemberKey, Member> = HashMap::with_max_entries(MAX_MEMBERS, BPF_F_NO_PREALLOC);
+#[map]
+static SECONDARIES: HashMap<OwnKey, u32> = HashMap::with_max_entries(MAX_SECONDARIES, BPF_F_NO_PREALLOC);
+#[map]
+static EXEMPT: HashMap<ExemptKey, u32> = HashMap::with_max_entries(MAX_EXEMPT, BPF_F_NO_PREALLOC);
+#[map]
+static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(MAX_FLOWS, 0);
+#[map]
+static FRAGMENTS: LruHashMap<FragmentKey, u32> = LruHashMap::with_max_entries(MAX_FRAGMENTS, 0);
+/// The packet being judged on this CPU.
+#[map]
+static PACKET: PerCpuArray<Packet> = PerCpuArray::with_max_entries(1, 0);
+/// Packets of established flows, by `2 * eni + direction`: an array, because every one of them is counted.
+#[map]
+pub static ESTABLISHED: PerCpuArray<Count> = PerCpuArray::with_max_entries(2 * MAX_INTERFACES, 0);
+/// All other verdicts.
+#[map]
+pub static REASONS: PerCpuHashMap<ReasonKey, Count> = PerCpuHashMap::with_max_entries(MAX_COUNTERS, BPF_F_NO_PREALLOC);
+
+/// The interface whose host-side link has this index.
+#[inline(always)]
+pub fn interface(ifindex: u32) -> Option<&'static Interface> {
+    // SAFETY: the agent replaces entries whole; one that is replaced while it is read stays valid until the program
+    // ends, since programs run under RCU.
+    unsafe { INTERFACES.get(ifindex) }
+}
+
+/// The BPF maps behind the decisions.
+pub struct Maps;
+
+impl Tables for Maps {
+    #[inline(always)]
+    fn config(&self) -> Option<&Config> {
+        CONFIG.get(0)
+    }
+
+    #[inline(always)]
+    fn binding(&self, index: u32) -> Binding {
+        match BINDINGS.get_ptr(index) {
+            // SAFETY: an aligned 8-byte entry of an array that is never freed while the program runs. The agent
+            // stores it whole through its mapping, so it is loaded whole.
+            Some(binding) => unsafe {
+                let word = core::ptr::read_volatile(binding.cast::<u64>());
+                Binding { policy: word as u32, epoch: (word >> 32) as u32 }
+            },
+            None => Binding::default(),
+        }
+    }
+
+    #[inline(always)]
+    fn policy(&self, table: u32) -> Option<Policy> {
+        POLICIES.get(table).copied()
+    }
+
+    #[inline(always)]
+    fn row(&self, table: u32, peer: &Address) -> u32 {
+        let table = table.to_be_bytes();
+        let row = if peer.is_v4() {
+            CIDRS4.get(Key::new(64, Cidr4Key { table, address: peer.low() }))
+        } else {
+            CIDRS6.get(Key::new(160, Cidr6Key { table, address: peer.octets() }))
+        };
+        row.copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn column(&self, table: u32, protocol: u16, port: u16) -> u32 {
+        let key =
+            PortKey { table: table.to_be_bytes(), protocol: protocol.to_be_bytes(), port: port.to_be_bytes() };
+        PORTS.get(Key::new(64, key)).copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn cells(&self, word: u32) -> u64 {
+        MATRIX.get(word).copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn reference(&self, table: u32, group: u32) -> u32 {
+        // SAFETY: see `interface`.
+        unsafe { REFERENCES.get(ReferenceKey { table, group }) }.copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn member(&self, vpc: u32, peer: &Address) -> Option<&Member> {
+        // SAFETY: see `interface`.
+        unsafe { MEMBERS.get(MemberKey { vpc, address: *peer }) }
+    }
+
+    #[inline(always)]
+    fn is_secondary(&self, eni: u32, address: &Address) -> bool {
+        // SAFETY: see `interface`.
+        unsafe { SECONDARIES.get(OwnKey { eni, address: *address }) }.is_some()
+    }
+
+    #[inline(always)]
+    fn is_exempt(&self, vpc: u32, address: &Address, protocol: u8, port: u16) -> bool {
+        // SAFETY: see `interface`.
+        unsafe { EXEMPT.get(ExemptKey { vpc, address: *address, port, protocol, pad: 0 }) }.is_some()
+    }
+}
+
+impl Memory for Maps {
+    /// The coarse clock (kernel 5.11) is behind by a tick at most, which is enough for idle timeouts, and takes a
+    /// few nanoseconds where the exact one takes thirty.
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        let advance = CONFIG.get(0).map_or(0, |config| config.clock_advance);
+        // SAFETY: the helper takes no arguments and touches no memory of ours.
+        unsafe { bpf_ktime_get_coarse_ns() }.wrapping_add(advance)
+    }
+
+    // VERIFIER: "BPF program is too large. Processed 1000001 insn" (6.18) with the packet on the stack.
+    #[inline(always)]
+    fn hold<'a>(&'a self, packet: &'a Packet) -> &'a Packet {
+        match PACKET.get_ptr_mut(0) {
+            // SAFETY: this CPU's own entry; TC programs on one CPU don't interrupt each other. Only this line writes
+            // it, so it is a valid packet. The black box keeps the compiler from reading it out of registers.
+            Some(place) => unsafe {
+                place.write(*packet);
+                &*core::hint::black_box(place)
+            },
+            None => packet,
+        }
+    }
+
+    type Entry<'a> = &'a mut Flow;
+
+    #[inline(always)]
+    fn flow(&self, key: &FlowKey) -> Option<&mut Flow> {
+        // SAFETY: preallocated entries stay mapped; `sg_common::conntrack` says what two CPUs at one entry can do.
+        FLOWS.get_ptr_mut(key).map(|flow| unsafe { &mut *flow })
+    }
+
+    #[inline(always)]
+    fn add_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), Full> {
+        const EEXIST: i32 = -17;
+        match FLOWS.insert(key, flow, BPF_NOEXIST as u64) {
+            Ok(()) => Ok(()),
+            Err(error) if error as i32 == EEXIST => Ok(()),
+            Err(_) => Err(Full),
+        }
+    }
+
+    #[inline(always)]
+    fn remove_flow(&self, key: &FlowKey) {
+        // It may be gone already, which is as good.
+        let _ = FLOWS.remove(key);
+    }
+
+    #[inline(always)]
+    fn add_fragment(&self, key: &FragmentKey, header_end: u16) {
+        // Without room the rest of the packet is dropped as orphans: the closed side.
+        let _ = FRAGMENTS.insert(key, header_end as u32, 0);
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<u16> {
+        // SAFETY: see `interface`; a recycled entry reads as another packet's, whose fragments the receiver discards.
+        unsafe { FRAGMENTS.get(key) }.map(|end| *end as u16)
+    }
+}

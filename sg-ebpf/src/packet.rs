@@ -1,0 +1,78 @@
+//! P1: the frame as the kernel hands it over. The only place with packet pointers.
+
+use aya_ebpf::programs::TcContext;
+use sg_common::packet::Frame;
+
+/// A frame behind a socket buffer. Headers that are not in its linear part read as missing; see [`SkbFrame::pull`].
+pub struct SkbFrame<'a>(pub &'a TcContext);
+
+/// Bytes of headers that are made linear at most: Ethernet, IPv6 and the extension headers of any sane packet, an
+/// ICMP error's quote behind them.
+const HEADERS: u32 = 256;
+/// No header starts further in than this.
+const MAX_OFFSET: u64 = 0x3fff;
+
+impl SkbFrame<'_> {
+    /// The index of the link that it crosses.
+    #[inline(always)]
+    pub fn ifindex(&self) -> u32 {
+        // SAFETY: the context is the kernel's, and the verifier turns this into a load of that field.
+        unsafe { (*self.0.skb.skb).ifindex }
+    }
+
+    /// The `SO_MARK` of the socket that sent it, within this network namespace.
+    #[inline(always)]
+    pub fn mark(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.0.skb.skb).mark }
+    }
+
+    /// Whether a VLAN tag was taken out of its bytes.
+    #[inline(always)]
+    pub fn has_vlan(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.0.skb.skb).vlan_present != 0 }
+    }
+
+    /// Makes sure that the headers are in the linear part, if they aren't yet: drivers, and senders without copies,
+    /// may leave them in pages.
+    #[inline(always)]
+    pub fn pull(&self) {
+        let wanted = if self.len() < HEADERS { self.len() } else { HEADERS };
+        if self.0.data_end() - self.0.data() < wanted as usize {
+            // On failure the parser finds the bytes missing, and the packet is dropped.
+            let _ = self.0.pull_data(wanted);
+        }
+    }
+}
+
+impl Frame for SkbFrame<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        // VERIFIER: "R3 offset is outside of the packet" (6.18) where the compiler compares 32 bits of it, signed.
+        let offset = opaque(offset as u64);
+        if offset > MAX_OFFSET {
+            return None;
+        }
+        let start = self.0.data() + offset as usize;
+        if start + N > self.0.data_end() {
+            return None;
+        }
+        // SAFETY: the N bytes from `start` lie before `data_end`, as was just checked; any bytes make an array of u8.
+        Some(unsafe { core::ptr::read_unaligned(start as *const [u8; N]) })
+    }
+
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        self.0.len()
+    }
+}
+
+/// The same value, about which the compiler knows nothing.
+#[inline(always)]
+fn opaque(mut value: u64) -> u64 {
+    // SAFETY: a register that is moved to itself. (No instruction at all would give two source lines one offset, which
+    // the kernel refuses: "Invalid line_info".)
+    unsafe { core::arch::asm!("{0} = {0}", inout(reg) value, options(pure, nomem, nostack)) };
+    value
+}

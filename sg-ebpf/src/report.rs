@@ -1,0 +1,36 @@
+//! P4: what is told of a verdict: counters. It changes nothing.
+
+use sg_common::abi::{Count, Direction, ReasonKey};
+use sg_common::verdict::{self, Pass, Verdict};
+
+use crate::maps::{ESTABLISHED, REASONS};
+
+/// The interface's number where it isn't known.
+pub const UNKNOWN: u32 = u32::MAX;
+
+/// Counts a packet of `bytes` and its verdict.
+#[inline(always)]
+pub fn count(eni: u32, direction: Direction, verdict: &Verdict, bytes: u32) {
+    if let Ok(Pass::Established) = verdict {
+        if let Some(count) = ESTABLISHED.get_ptr_mut(2 * eni + direction as u32) {
+            add(count, bytes);
+        }
+        return;
+    }
+    let key = ReasonKey { eni, direction: direction as u8, reason: verdict::number(verdict), pad: 0 };
+    match REASONS.get_ptr_mut(key) {
+        Some(count) => add(count, bytes),
+        // The first of its kind. Where the map is full the packet goes uncounted, not unjudged.
+        None => {
+            let _ = REASONS.insert(key, Count { packets: 1, bytes: bytes as u64 }, 0);
+        }
+    }
+}
+
+#[inline(always)]
+fn add(count: *mut Count, bytes: u32) {
+    // SAFETY: this CPU's own copy of a map entry; TC programs on one CPU don't interrupt each other.
+    let count = unsafe { &mut *count };
+    count.packets += 1;
+    count.bytes += bytes as u64;
+}
