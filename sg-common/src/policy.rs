@@ -22,8 +22,8 @@ pub trait Tables {
     fn row(&self, table: u32, peer: &Address) -> u32;
     /// `PORTS`: the column of a [`protocol_key`] and port.
     fn column(&self, table: u32, protocol: u16, port: u16) -> u32;
-    /// `MATRIX`: 32 cells of two bits.
-    fn cells(&self, word: u32) -> u64;
+    /// `MATRIX`: 32 cells of two bits, the `word`th of the table's own.
+    fn cells(&self, table: u32, policy: &Policy, word: u32) -> u64;
     /// `REFERENCES`: the row of a referenced group.
     fn reference(&self, table: u32, group: u32) -> u32;
     /// `MEMBERS`: the groups that an address is in.
@@ -74,7 +74,7 @@ pub fn find<T: Tables>(tables: &T, table: u32, policy: &Policy, vpc: u32, query:
     if column == 0 {
         return Match::None;
     }
-    let by_address = cell(tables, policy, tables.row(table, query.peer), column);
+    let by_address = cell(tables, table, policy, tables.row(table, query.peer), column);
     if by_address != Match::None || policy.flags & abi::REFERENCES == 0 {
         return by_address;
     }
@@ -83,7 +83,7 @@ pub fn find<T: Tables>(tables: &T, table: u32, policy: &Policy, vpc: u32, query:
         if index as u32 >= member.count {
             break;
         }
-        if cell(tables, policy, tables.reference(table, group), column) != Match::None {
+        if cell(tables, table, policy, tables.reference(table, group), column) != Match::None {
             return Match::Narrow;
         }
     }
@@ -92,11 +92,11 @@ pub fn find<T: Tables>(tables: &T, table: u32, policy: &Policy, vpc: u32, query:
 
 /// One cell of a policy's matrix. Row and column 0 are those of no rule.
 #[inline(always)]
-fn cell<T: Tables>(tables: &T, policy: &Policy, row: u32, column: u32) -> Match {
+fn cell<T: Tables>(tables: &T, table: u32, policy: &Policy, row: u32, column: u32) -> Match {
     if row == 0 || row >= policy.size >> 16 || column >= policy.size & 0xffff {
         return Match::None;
     }
-    let word = tables.cells(policy.matrix + row * policy.row_words + (column >> 5));
+    let word = tables.cells(table, policy, row * policy.row_words + (column >> 5));
     match word >> ((column & 31) * 2) & 3 {
         1 => Match::Narrow,
         2 => Match::Any,

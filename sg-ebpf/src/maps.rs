@@ -103,8 +103,8 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn cells(&self, word: u32) -> u64 {
-        MATRIX.get(word).copied().unwrap_or(0)
+    fn cells(&self, _table: u32, policy: &Policy, word: u32) -> u64 {
+        MATRIX.get(policy.matrix.wrapping_add(word)).copied().unwrap_or(0)
     }
 
     #[inline(always)]

@@ -1,0 +1,127 @@
+//! Who has which number, and which stretch of the matrix. Plain bookkeeping, without the kernel.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+/// Numbers of a range, the lowest free one first.
+#[derive(Clone, Debug)]
+pub struct Numbers {
+    next: u32,
+    end: u32,
+    free: BTreeSet<u32>,
+}
+
+impl Numbers {
+    /// The numbers of `range`, all free.
+    pub fn new(range: Range<u32>) -> Self {
+        Self { next: range.start, end: range.end, free: BTreeSet::new() }
+    }
+
+    /// A free number, if there is one.
+    pub fn take(&mut self) -> Option<u32> {
+        if let Some(number) = self.free.pop_first() {
+            return Some(number);
+        }
+        let number = self.next;
+        (number < self.end).then(|| {
+            self.next += 1;
+            number
+        })
+    }
+
+    /// Takes one certain number; whether it was free.
+    pub fn take_this(&mut self, number: u32) -> bool {
+        if number >= self.end {
+            return false;
+        }
+        while self.next <= number {
+            self.free.insert(self.next);
+            self.next += 1;
+        }
+        self.free.remove(&number)
+    }
+
+    /// Gives a number back.
+    pub fn give(&mut self, number: u32) {
+        self.free.insert(number);
+    }
+}
+
+/// Stretches of words; the first one that fits is taken.
+#[derive(Clone, Debug)]
+pub struct Words {
+    /// Free stretches: start and length. Neighbours are always joined.
+    free: BTreeMap<u32, u32>,
+}
+
+impl Words {
+    /// `words` words, all free.
+    pub fn new(words: u32) -> Self {
+        Self { free: BTreeMap::from([(0, words)]) }
+    }
+
+    /// The start of `length` free words, if there are as many in a row. None are asked for at no cost.
+    pub fn take(&mut self, length: u32) -> Option<u32> {
+        if length == 0 {
+            return Some(0);
+        }
+        let (&start, &available) = self.free.iter().find(|&(_, &available)| available >= length)?;
+        self.free.remove(&start);
+        if available > length {
+            self.free.insert(start + length, available - length);
+        }
+        Some(start)
+    }
+
+    /// Gives a stretch back.
+    pub fn give(&mut self, mut start: u32, mut length: u32) {
+        if length == 0 {
+            return;
+        }
+        if let Some((&before, &its)) = self.free.range(..start).next_back()
+            && before + its == start
+        {
+            self.free.remove(&before);
+            (start, length) = (before, its + length);
+        }
+        if let Some(after) = self.free.remove(&(start + length)) {
+            length += after;
+        }
+        self.free.insert(start, length);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_come_back() {
+        let mut numbers = Numbers::new(1..4);
+        assert_eq!([numbers.take(), numbers.take(), numbers.take(), numbers.take()], [Some(1), Some(2), Some(3), None]);
+        numbers.give(2);
+        assert_eq!([numbers.take(), numbers.take()], [Some(2), None]);
+    }
+
+    #[test]
+    fn a_certain_number_leaves_the_others_free() {
+        let mut numbers = Numbers::new(0..4);
+        assert!(numbers.take_this(2));
+        assert!(!numbers.take_this(2));
+        assert!(!numbers.take_this(4));
+        assert_eq!([numbers.take(), numbers.take(), numbers.take(), numbers.take()], [Some(0), Some(1), Some(3), None]);
+    }
+
+    #[test]
+    fn words_are_joined_again() {
+        let mut words = Words::new(10);
+        let parts = [words.take(3), words.take(3), words.take(4)];
+        assert_eq!(parts, [Some(0), Some(3), Some(6)]);
+        assert_eq!(words.take(1), None);
+        words.give(0, 3);
+        words.give(6, 4);
+        assert_eq!(words.take(5), None, "seven words are free, but not five in a row");
+        words.give(3, 3);
+        assert_eq!(words.take(10), Some(0));
+    }
+}

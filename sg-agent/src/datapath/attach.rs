@@ -1,0 +1,142 @@
+//! Programs onto links, and off them.
+
+use aya::programs::links::{FdLink, LinkError, PinnedLink};
+use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError};
+use aya::programs::{LinkOrder, TcAttachType, tc};
+use aya::util::KernelVersion;
+use sg_common::abi::Direction;
+
+use super::pins::remove;
+use super::{Datapath, DatapathError};
+
+/// Both programs on one host-side link.
+#[derive(Debug)]
+pub struct Hook {
+    /// The link's index.
+    pub ifindex: u32,
+    /// Held so that what isn't pinned stays attached.
+    links: Vec<Attached>,
+}
+
+#[derive(Debug)]
+enum Attached {
+    /// Pinned: it stays when the agent goes.
+    Pinned(PinnedLink),
+    /// It goes with this value.
+    Held(#[expect(dead_code, reason = "dropping it detaches")] FdLink),
+    /// A clsact filter (kernels before 6.6).
+    Filter(SchedClassifierLink),
+}
+
+/// The clsact filter's priority: the first, so that no other one decides before.
+const PRIORITY: u16 = 1;
+
+impl Datapath {
+    /// Attaches both programs to a link, before every other program there. Where an earlier agent's are attached,
+    /// each is replaced atomically.
+    ///
+    /// # Errors
+    /// [`DatapathError::Attach`], naming the link. What was attached before the error is detached again, unless it
+    /// was there before.
+    pub fn attach(&mut self, ifindex: u32, name: &str) -> Result<Hook, DatapathError> {
+        let mut links = Vec::new();
+        for direction in [Direction::Ingress, Direction::Egress] {
+            links.push(self.attach_one(ifindex, name, direction)?);
+        }
+        Ok(Hook { ifindex, links })
+    }
+
+    fn attach_one(&mut self, ifindex: u32, name: &str, direction: Direction) -> Result<Attached, DatapathError> {
+        let pin = self.pins.as_ref().map(|pins| pins.link(ifindex, direction));
+        let failed =
+            |error: Box<dyn std::error::Error + Send + Sync>| DatapathError::Attach { link: name.into(), error };
+        if !has_tcx() {
+            return self.attach_filter(name, direction).map(Attached::Filter).map_err(failed);
+        }
+        let program = self.program(direction)?;
+        let earlier = match &pin {
+            Some(pin) => match PinnedLink::from_pin(pin) {
+                Ok(link) => Some(link),
+                Err(LinkError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::NotFound => None,
+                Err(error) => return Err(failed(error.into())),
+            },
+            None => None,
+        };
+        if let (Some(link), Some(pin)) = (earlier, &pin) {
+            let link: SchedClassifierLink =
+                FdLink::from(link).try_into().map_err(|error: LinkError| failed(error.into()))?;
+            match program.attach_to_link(link) {
+                Ok(id) => {
+                    // The pin is still there; only the descriptor is ours to drop.
+                    program.take_link(id).map_err(|error| failed(error.into()))?;
+                    let link = PinnedLink::from_pin(pin).map_err(|error| failed(error.into()))?;
+                    return Ok(Attached::Pinned(link));
+                }
+                // ENOLINK: the link's interface is gone, and its index was given to another.
+                Err(error) => {
+                    tracing::debug!(link = name, %error, "a pinned link is severed; attaching anew");
+                    remove(pin).map_err(|error| failed(error.into()))?;
+                }
+            }
+        }
+        let id = program
+            .attach_with_options(name, hook(direction), TcAttachOptions::TcxOrder(LinkOrder::first()))
+            .map_err(|error| failed(error.into()))?;
+        let link = program.take_link(id).map_err(|error| failed(error.into()))?;
+        let link: FdLink = link.try_into().map_err(|error: LinkError| failed(error.into()))?;
+        match &pin {
+            Some(pin) => link.pin(pin).map(Attached::Pinned).map_err(|error| failed(error.into())),
+            None => Ok(Attached::Held(link)),
+        }
+    }
+
+    fn attach_filter(
+        &mut self,
+        name: &str,
+        direction: Direction,
+    ) -> Result<SchedClassifierLink, Box<dyn std::error::Error + Send + Sync>> {
+        match tc::qdisc_add_clsact(name) {
+            Ok(()) | Err(TcError::AlreadyAttached) => {}
+            Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(nix::libc::EEXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let program = self.program(direction)?;
+        let options = NlOptions { priority: PRIORITY, ..NlOptions::default() };
+        let id = program.attach_with_options(name, hook(direction), TcAttachOptions::Netlink(options))?;
+        Ok(program.take_link(id)?)
+    }
+}
+
+impl Hook {
+    /// Takes both programs off the link, and their pins away.
+    ///
+    /// # Errors
+    /// The first that was met; the others were tried all the same.
+    pub fn detach(self) -> std::io::Result<()> {
+        let mut result = Ok(());
+        for link in self.links {
+            let detached = match link {
+                Attached::Pinned(link) => link.unpin().map(drop),
+                Attached::Held(_) => Ok(()),
+                Attached::Filter(link) => {
+                    aya::programs::Link::detach(link).map_err(|error| std::io::Error::other(error.to_string()))
+                }
+            };
+            result = result.and(detached);
+        }
+        result
+    }
+}
+
+/// TCX came with 6.6 (kernel commit e420bed02507).
+fn has_tcx() -> bool {
+    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
+}
+
+/// What leaves the host by the link arrives at the instance.
+fn hook(direction: Direction) -> TcAttachType {
+    match direction {
+        Direction::Ingress => TcAttachType::Egress,
+        Direction::Egress => TcAttachType::Ingress,
+    }
+}

@@ -1,0 +1,167 @@
+//! The maps by their types. Writing rules through them is `apply`'s alone.
+
+use std::collections::HashMap as Table;
+
+use aya::Ebpf;
+use aya::maps::lpm_trie::LpmTrie;
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap};
+use sg_common::abi::{
+    self, Cidr4Key, Cidr6Key, Config, Count, Direction, ExemptKey, Flow, FlowKey, Interface, Member, MemberKey, OwnKey,
+    Policy, PortKey, ReasonKey, ReferenceKey,
+};
+use sg_common::verdict::Pass;
+
+use super::DatapathError;
+use super::mapped::MappedWords;
+
+/// Every map that the agent reads or writes.
+pub struct Maps {
+    config: Array<MapData, Config>,
+    /// Attached interfaces, by link index.
+    pub interfaces: HashMap<MapData, u32, Interface>,
+    /// Policies in force; see [`abi::Binding`].
+    pub bindings: MappedWords,
+    /// The map behind `bindings`.
+    pub(super) bindings_map: MapData,
+    /// Policies' headers.
+    pub policies: Array<MapData, Policy>,
+    /// Rows by IPv4 prefix.
+    pub cidrs4: LpmTrie<MapData, Cidr4Key, u32>,
+    /// Rows by IPv6 prefix.
+    pub cidrs6: LpmTrie<MapData, Cidr6Key, u32>,
+    /// Columns by protocol and port prefix.
+    pub ports: LpmTrie<MapData, PortKey, u32>,
+    /// Cells.
+    pub matrix: MappedWords,
+    /// Rows by group.
+    pub references: HashMap<MapData, ReferenceKey, u32>,
+    /// Groups by address.
+    pub members: HashMap<MapData, MemberKey, Member>,
+    /// Own addresses beyond the primary ones.
+    pub secondaries: HashMap<MapData, OwnKey, u32>,
+    /// Services that nothing filters.
+    pub exempt: HashMap<MapData, ExemptKey, u32>,
+    /// Tracked flows.
+    pub flows: HashMap<MapData, FlowKey, Flow>,
+    established: PerCpuArray<MapData, Count>,
+    reasons: PerCpuHashMap<MapData, ReasonKey, Count>,
+}
+
+impl std::fmt::Debug for Maps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // aya's array types have no `Debug`.
+        f.debug_struct("Maps").finish_non_exhaustive()
+    }
+}
+
+impl Maps {
+    /// Takes the maps out of a loaded object.
+    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, DatapathError> {
+        fn typed<T: TryFrom<Map>>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, DatapathError> {
+            ebpf.take_map(name).and_then(|map| map.try_into().ok()).ok_or(DatapathError::Map(name))
+        }
+        let bindings_map = array(ebpf, "BINDINGS")?;
+        let matrix_map = array(ebpf, "MATRIX")?;
+        Ok(Self {
+            config: typed(ebpf, "CONFIG")?,
+            interfaces: typed(ebpf, "INTERFACES")?,
+            bindings: mapped(&bindings_map, "BINDINGS", abi::MAX_BINDINGS)?,
+            bindings_map,
+            policies: typed(ebpf, "POLICIES")?,
+            cidrs4: typed(ebpf, "CIDRS4")?,
+            cidrs6: typed(ebpf, "CIDRS6")?,
+            ports: typed(ebpf, "PORTS")?,
+            matrix: mapped(&matrix_map, "MATRIX", abi::MATRIX_WORDS)?,
+            references: typed(ebpf, "REFERENCES")?,
+            members: typed(ebpf, "MEMBERS")?,
+            secondaries: typed(ebpf, "SECONDARIES")?,
+            exempt: typed(ebpf, "EXEMPT")?,
+            flows: typed(ebpf, "FLOWS")?,
+            established: typed(ebpf, "ESTABLISHED")?,
+            reasons: typed(ebpf, "REASONS")?,
+        })
+    }
+
+    /// The settings in force.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn config(&self) -> Result<Config, DatapathError> {
+        self.config.get(&0, 0).map_err(|error| DatapathError::Write { map: "CONFIG", error })
+    }
+
+    /// Replaces the settings.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn set_config(&mut self, config: &Config) -> Result<(), DatapathError> {
+        self.config.set(0, config, 0).map_err(|error| DatapathError::Write { map: "CONFIG", error })
+    }
+
+    /// All counters, summed over the CPUs: (interface's number, direction, reason's number).
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn counters(&self, enis: &[u32]) -> Result<Table<(u32, u8, u8), Count>, MapError> {
+        let mut counters = Table::new();
+        for key in self.reasons.keys() {
+            let key = key?;
+            // An entry that went meanwhile counts nothing.
+            if let Ok(values) = self.reasons.get(&key, 0) {
+                counters.insert((key.eni, key.direction, key.reason), sum(&values));
+            }
+        }
+        for &eni in enis {
+            for direction in [Direction::Ingress, Direction::Egress] {
+                let count = sum(&self.established.get(&(2 * eni + direction as u32), 0)?);
+                if count.packets > 0 {
+                    counters.insert((eni, direction as u8, Pass::Established as u8), count);
+                }
+            }
+        }
+        Ok(counters)
+    }
+
+    /// Removes every flow of an interface that is no more, before its number is given to another.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn forget_interface(&mut self, eni: u32) -> Result<(), MapError> {
+        let keys: Vec<FlowKey> = self
+            .flows
+            .keys()
+            .filter(|key| key.as_ref().map_or(true, |key| key.eni == eni))
+            .collect::<Result<_, _>>()?;
+        for key in keys {
+            absent_is_fine(self.flows.remove(&key))?;
+        }
+        Ok(())
+    }
+}
+
+/// A removal's result, where it doesn't matter whether there was anything.
+pub fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(nix::libc::ENOENT) => Ok(()),
+        result => result,
+    }
+}
+
+fn sum(values: &[Count]) -> Count {
+    values.iter().fold(Count::default(), |total, value| Count {
+        packets: total.packets + value.packets,
+        bytes: total.bytes + value.bytes,
+    })
+}
+
+fn array(ebpf: &mut Ebpf, name: &'static str) -> Result<MapData, DatapathError> {
+    match ebpf.take_map(name) {
+        Some(Map::Array(data)) => Ok(data),
+        _ => Err(DatapathError::Map(name)),
+    }
+}
+
+fn mapped(data: &MapData, name: &'static str, words: u32) -> Result<MappedWords, DatapathError> {
+    MappedWords::new(data.fd(), words as usize).map_err(|error| DatapathError::Mmap { map: name, error })
+}

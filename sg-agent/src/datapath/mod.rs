@@ -1,0 +1,168 @@
+//! The programs and maps in the kernel: loading them, attaching them to links, what stays pinned. Knows no rules; those
+//! are `apply`'s.
+//!
+//! Every start loads a fresh set of programs and rule maps, fills it, and only then moves the links over to it, one
+//! atomic replacement each; until then the old set goes on. What packets wrote (flows, fragments, counters) is pinned
+//! and carried over, so an agent that dies or is replaced cuts nothing.
+
+mod attach;
+mod mapped;
+mod maps;
+mod pins;
+
+pub use attach::Hook;
+pub use maps::{Maps, absent_is_fine};
+pub use pins::{DetachReport, Pins};
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use aya::maps::IterableMap;
+use aya::programs::{ProgramError, SchedClassifier};
+use aya::{Ebpf, EbpfError, EbpfLoader};
+use sg_common::abi::{self, Config, Direction};
+
+/// The programs' object file, built by `cargo xtask build` and put into the executable.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sg-ebpf.o"));
+
+/// What can go wrong between the agent and the kernel.
+#[derive(Debug, thiserror::Error)]
+pub enum DatapathError {
+    /// A program or map was refused.
+    #[error(
+        "cannot load the eBPF programs: {0}; run as root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON) on Linux 6.1 or later"
+    )]
+    Load(#[from] EbpfError),
+    /// The verifier refused a program.
+    #[error("cannot load the eBPF program '{program}': {error}")]
+    Program {
+        /// The program.
+        program: &'static str,
+        /// The kernel's answer; its `Debug` form has the verifier's log.
+        error: Box<ProgramError>,
+    },
+    /// A map isn't in the object, or has another type.
+    #[error("the eBPF object has no map '{0}' of the expected type: agent and programs are of different builds")]
+    Map(&'static str),
+    /// A map operation failed.
+    #[error("cannot write map {map}: {error}")]
+    Write {
+        /// The map.
+        map: &'static str,
+        /// The kernel's answer.
+        error: aya::maps::MapError,
+    },
+    /// A link can't be attached to.
+    #[error("cannot attach to link {link}: {error}")]
+    Attach {
+        /// The link's name.
+        link: String,
+        /// Why.
+        error: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// bpffs can't be used.
+    #[error("cannot use {path} on bpffs: {error}; mount it with 'mount -t bpf bpf /sys/fs/bpf', or pass --bpffs", path = path.display())]
+    Pins {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// A map can't be mapped into memory.
+    #[error("cannot map {map} into memory: {error}")]
+    Mmap {
+        /// The map.
+        map: &'static str,
+        /// Why.
+        error: std::io::Error,
+    },
+}
+
+/// What an earlier agent left on bpffs, if its layout is this one's.
+#[derive(Clone, Debug, Default)]
+pub struct Earlier {
+    /// Its interfaces, by link index: their flows are known by their numbers.
+    pub interfaces: HashMap<u32, abi::Interface>,
+    /// The last epoch that it gave.
+    pub epoch: u32,
+}
+
+/// A loaded set of programs and maps.
+#[derive(Debug)]
+pub struct Datapath {
+    ebpf: Ebpf,
+    pins: Option<Pins>,
+    /// What an earlier agent left.
+    earlier: Option<Earlier>,
+}
+
+impl Datapath {
+    /// Loads programs and maps. With `pins`, what packets wrote under an earlier agent is carried over if its layout
+    /// is this one's.
+    ///
+    /// # Errors
+    /// Those of loading and of bpffs; nothing that is attached has been touched then.
+    pub fn load(config: &Config, pins: Option<Pins>) -> Result<(Self, Maps), DatapathError> {
+        let mut loader = EbpfLoader::new();
+        let mut earlier = None;
+        if let Some(pins) = &pins {
+            if pins.prepare()? {
+                earlier = pins.earlier().map(|(interfaces, epoch)| Earlier { interfaces, epoch });
+            }
+            for (name, path) in pins.shared_maps() {
+                loader.map_pin_path(name, path);
+            }
+        }
+        let mut ebpf = loader.load(OBJECT)?;
+        for direction in [Direction::Ingress, Direction::Egress] {
+            let name = program_name(direction);
+            let program = classifier(&mut ebpf, direction)?;
+            program.load().map_err(|error| DatapathError::Program { program: name, error: Box::new(error) })?;
+        }
+        let mut maps = Maps::take(&mut ebpf)?;
+        maps.set_config(&Config { layout: abi::LAYOUT, ..*config })?;
+        Ok((Self { ebpf, pins, earlier }, maps))
+    }
+
+    /// The program for one direction, for running it on test packets.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`] where the object isn't ours.
+    pub fn program(&mut self, direction: Direction) -> Result<&mut SchedClassifier, DatapathError> {
+        classifier(&mut self.ebpf, direction)
+    }
+
+    /// What an earlier agent left.
+    pub fn earlier(&self) -> Option<&Earlier> {
+        self.earlier.as_ref()
+    }
+
+    /// Leaves the numbers of interfaces and policies to the next agent.
+    ///
+    /// # Errors
+    /// [`DatapathError::Pins`].
+    pub fn keep_numbers(&self, maps: &Maps) -> Result<(), DatapathError> {
+        match &self.pins {
+            Some(pins) => pins.keep_numbers(maps.interfaces.map(), &maps.bindings_map),
+            None => Ok(()),
+        }
+    }
+
+    /// Where links are pinned, if they are.
+    pub fn pins(&self) -> Option<&Pins> {
+        self.pins.as_ref()
+    }
+}
+
+/// The name in the object of the program for a direction.
+fn program_name(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => "to_instance",
+        Direction::Egress => "from_instance",
+    }
+}
+
+fn classifier(ebpf: &mut Ebpf, direction: Direction) -> Result<&mut SchedClassifier, DatapathError> {
+    let name = program_name(direction);
+    ebpf.program_mut(name).and_then(|program| program.try_into().ok()).ok_or(DatapathError::Map(name))
+}

@@ -1,0 +1,181 @@
+//! What one agent keeps on bpffs: the links of its programs, and the maps that packets wrote.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use aya::maps::{Array, Map, MapData};
+use sg_common::abi::{self, Binding, Direction, Interface};
+
+use super::DatapathError;
+
+/// The maps that packets write: a new set of programs goes on with them.
+const SHARED: [(&str, &str); 4] =
+    [("FLOWS", "flows"), ("FRAGMENTS", "fragments"), ("ESTABLISHED", "established"), ("REASONS", "reasons")];
+/// The maps from which the next agent learns the numbers that flows know interfaces and policies by.
+const NUMBERS: [&str; 2] = ["interfaces", "bindings"];
+
+/// An agent's directory on bpffs.
+#[derive(Clone, Debug)]
+pub struct Pins {
+    directory: PathBuf,
+}
+
+/// What `sg-agent detach` took away.
+#[derive(Debug, Default, serde::Serialize)]
+pub struct DetachReport {
+    /// Programs taken off links.
+    pub links: usize,
+    /// Maps unpinned.
+    pub maps: usize,
+    /// What could not be removed, and why.
+    pub errors: Vec<String>,
+}
+
+impl Pins {
+    /// The directory, which need not exist yet. Its parent must be on bpffs.
+    pub fn new(directory: impl Into<PathBuf>) -> Self {
+        Self { directory: directory.into() }
+    }
+
+    /// Makes the directory, and drops the maps of other layouts. Whether there are flows to carry over.
+    pub(super) fn prepare(&self) -> Result<bool, DatapathError> {
+        let fail = |path: &Path| {
+            let path = path.to_owned();
+            move |error| DatapathError::Pins { path, error }
+        };
+        let links = self.directory.join("links");
+        fs::create_dir_all(&links).map_err(fail(&links))?;
+        let current = format!(".v{}", abi::LAYOUT);
+        for path in list(&self.directory).map_err(fail(&self.directory))? {
+            let is_current = path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(&current));
+            if path.is_file() && !is_current {
+                remove(&path).map_err(fail(&path))?;
+            }
+        }
+        Ok(self.map("flows").exists())
+    }
+
+    /// The file of a map; its name has the layout, so that another one's is never taken for it.
+    fn map(&self, name: &str) -> PathBuf {
+        self.directory.join(format!("{name}.v{}", abi::LAYOUT))
+    }
+
+    pub(super) fn shared_maps(&self) -> impl Iterator<Item = (&'static str, PathBuf)> + '_ {
+        SHARED.iter().map(|(map, file)| (*map, self.map(file)))
+    }
+
+    /// The interfaces of an earlier agent, by link index, and the last epoch that it gave.
+    pub(super) fn earlier(&self) -> Option<(HashMap<u32, Interface>, u32)> {
+        let interfaces = Map::HashMap(MapData::from_pin(self.map("interfaces")).ok()?);
+        let interfaces: aya::maps::HashMap<MapData, u32, Interface> = interfaces.try_into().ok()?;
+        let bindings = Map::Array(MapData::from_pin(self.map("bindings")).ok()?);
+        let bindings: Array<MapData, Binding> = bindings.try_into().ok()?;
+        let last = bindings.iter().filter_map(Result::ok).map(|binding| binding.epoch).max().unwrap_or(0);
+        Some((interfaces.iter().filter_map(Result::ok).collect(), last))
+    }
+
+    /// Pins the maps of [`NUMBERS`] in the place of an earlier agent's.
+    pub(super) fn keep_numbers(&self, interfaces: &MapData, bindings: &MapData) -> Result<(), DatapathError> {
+        for (name, map) in NUMBERS.into_iter().zip([interfaces, bindings]) {
+            let path = self.map(name);
+            remove(&path).map_err(|error| DatapathError::Pins { path: path.clone(), error })?;
+            map.pin(&path).map_err(|error| DatapathError::Pins { path, error: io::Error::other(error) })?;
+        }
+        Ok(())
+    }
+
+    /// Whether a program is pinned for this direction of a link.
+    pub fn has_link(&self, ifindex: u32) -> bool {
+        [Direction::Ingress, Direction::Egress].iter().all(|&direction| self.link(ifindex, direction).exists())
+    }
+
+    /// Takes the programs off a link that nobody holds any more. Whether there were any.
+    ///
+    /// # Errors
+    /// The first that was met.
+    pub fn remove_link(&self, ifindex: u32) -> io::Result<bool> {
+        let one = remove(&self.link(ifindex, Direction::Ingress));
+        let other = remove(&self.link(ifindex, Direction::Egress));
+        Ok(one? | other?)
+    }
+
+    /// Where the link of one direction of a host-side link is pinned.
+    pub(super) fn link(&self, ifindex: u32, direction: Direction) -> PathBuf {
+        let direction = match direction {
+            Direction::Ingress => "ingress",
+            Direction::Egress => "egress",
+        };
+        self.directory.join("links").join(format!("{ifindex}-{direction}"))
+    }
+
+    /// The indices of the links that have something pinned.
+    ///
+    /// # Errors
+    /// Those of reading the directory; one that isn't there has none.
+    pub fn attached(&self) -> io::Result<Vec<u32>> {
+        let mut indices = Vec::new();
+        for name in list(&self.directory.join("links"))? {
+            let file = name.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            indices.extend(file.split_once('-').and_then(|(index, _)| index.parse::<u32>().ok()));
+        }
+        indices.sort_unstable();
+        indices.dedup();
+        Ok(indices)
+    }
+
+    /// Takes everything of this agent away: programs off links, maps, the directory. Goes on past errors.
+    pub fn remove_all(&self) -> DetachReport {
+        let mut report = DetachReport::default();
+        let links = self.directory.join("links");
+        report.links = report.remove_files(&links);
+        report.maps = report.remove_files(&self.directory);
+        for directory in [&links, &self.directory] {
+            match fs::remove_dir(directory) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => report.fail("remove", directory, &error),
+                _ => {}
+            }
+        }
+        report
+    }
+}
+
+impl DetachReport {
+    /// Removes a directory's files; how many there were.
+    fn remove_files(&mut self, directory: &Path) -> usize {
+        let paths = list(directory).unwrap_or_else(|error| {
+            self.fail("list", directory, &error);
+            Vec::new()
+        });
+        let mut removed = 0;
+        for path in paths.iter().filter(|path| !path.is_dir()) {
+            match remove(path) {
+                Ok(was_there) => removed += usize::from(was_there),
+                Err(error) => self.fail("remove", path, &error),
+            }
+        }
+        removed
+    }
+
+    fn fail(&mut self, verb: &str, path: &Path, error: &io::Error) {
+        self.errors.push(format!("cannot {verb} {}: {error}", path.display()));
+    }
+}
+
+/// Removes a file; whether there was one.
+pub(super) fn remove(path: &Path) -> io::Result<bool> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    match fs::read_dir(directory) {
+        Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path())).collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}

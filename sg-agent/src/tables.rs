@@ -1,0 +1,119 @@
+//! The compiled tables in memory, looked up by the kernel's own functions: what the proxy and `explain` decide by.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use sg_common::abi::{self, Binding, Config, Direction, GROUPS_PER_MEMBER, Member, Policy};
+use sg_common::addr::Address;
+use sg_common::policy::{Match, Query, Tables, find};
+
+use crate::compile::{Compiled, PortPrefix, Table};
+use crate::exempt::Service;
+
+/// A copy of what the rule maps hold. The applier replaces it whole, after the kernel has the same.
+#[derive(Clone, Debug, Default)]
+pub struct InMemory {
+    /// Settings.
+    pub config: Config,
+    /// `BINDINGS`.
+    pub bindings: HashMap<u32, Binding>,
+    /// The policies behind them, by number.
+    pub policies: HashMap<u32, Arc<Compiled>>,
+    /// `MEMBERS`.
+    pub members: BTreeMap<(u32, IpAddr), Member>,
+    /// `EXEMPT`.
+    pub exempt: BTreeSet<(u32, Service)>,
+}
+
+impl InMemory {
+    /// What the policy bound at `binding` says of a packet between the interface and `query`'s peer.
+    pub fn look_up(&self, binding: u32, vpc: u32, direction: Direction, query: &Query) -> Match {
+        let table = abi::table(self.binding(binding).policy, direction);
+        match self.policy(table) {
+            Some(policy) => find(self, table, &policy, vpc, query),
+            None => Match::None,
+        }
+    }
+
+    fn table(&self, table: u32) -> Option<&Table> {
+        let direction = if table & 1 == 0 { Direction::Ingress } else { Direction::Egress };
+        Some(self.policies.get(&(table >> 1))?.table(direction))
+    }
+}
+
+/// A member's groups as the map holds them, or how many they are if that is too many.
+pub fn member(groups: &BTreeSet<u32>) -> Result<Member, usize> {
+    if groups.len() > GROUPS_PER_MEMBER {
+        return Err(groups.len());
+    }
+    let mut member = Member { count: groups.len() as u32, ..Member::default() };
+    for (place, group) in member.groups.iter_mut().zip(groups) {
+        *place = *group;
+    }
+    Ok(member)
+}
+
+impl Tables for InMemory {
+    fn config(&self) -> Option<&Config> {
+        Some(&self.config)
+    }
+
+    fn binding(&self, index: u32) -> Binding {
+        self.bindings.get(&index).copied().unwrap_or_default()
+    }
+
+    fn policy(&self, table: u32) -> Option<Policy> {
+        let compiled = self.table(table)?;
+        Some(Policy {
+            matrix: 0,
+            row_words: compiled.row_words(),
+            size: compiled.rows << 16 | compiled.columns,
+            flags: compiled.flags,
+        })
+    }
+
+    fn row(&self, table: u32, peer: &Address) -> u32 {
+        let Some(table) = self.table(table) else { return 0 };
+        let peer = IpAddr::from(*peer);
+        let most = if peer.is_ipv4() { 32 } else { 128 };
+        (0..=most)
+            .rev()
+            .filter_map(|length| IpNet::new(peer, length).ok())
+            .find_map(|network| table.networks.get(&network.trunc()).copied())
+            .unwrap_or(0)
+    }
+
+    fn column(&self, table: u32, protocol: u16, port: u16) -> u32 {
+        let Some(table) = self.table(table) else { return 0 };
+        let value = u32::from(protocol) << 16 | u32::from(port);
+        (0..=32)
+            .rev()
+            .find_map(|bits: u8| {
+                let kept = if bits == 0 { 0 } else { value & u32::MAX << (32 - u32::from(bits)) };
+                table.ports.get(&PortPrefix { protocol: (kept >> 16) as u16, port: kept as u16, bits }).copied()
+            })
+            .unwrap_or(0)
+    }
+
+    fn cells(&self, table: u32, _policy: &Policy, word: u32) -> u64 {
+        self.table(table).and_then(|table| table.matrix.get(word as usize)).copied().unwrap_or(0)
+    }
+
+    fn reference(&self, table: u32, group: u32) -> u32 {
+        self.table(table).and_then(|table| table.references.get(&group)).copied().unwrap_or(0)
+    }
+
+    fn member(&self, vpc: u32, peer: &Address) -> Option<&Member> {
+        self.members.get(&(vpc, IpAddr::from(*peer)))
+    }
+
+    fn is_secondary(&self, _eni: u32, _address: &Address) -> bool {
+        false
+    }
+
+    fn is_exempt(&self, vpc: u32, address: &Address, protocol: u8, port: u16) -> bool {
+        self.exempt.contains(&(vpc, Service { address: IpAddr::from(*address), protocol, port }))
+    }
+}
