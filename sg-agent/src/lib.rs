@@ -1,1 +1,4 @@
-//! placeholder
+//! sg-agent as a library: the stages from a control plane and containers to eBPF maps. No command line.
+
+pub mod discovery;
+pub mod model;
