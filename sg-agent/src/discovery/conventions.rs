@@ -145,6 +145,8 @@ mod tests {
     use super::*;
 
     type Labels = &'static [(&'static str, &'static str)];
+    /// System, instance, account and region.
+    type Want = (&'static str, &'static str, Option<&'static str>, Option<&'static str>);
 
     fn read(name: &str, labels: Labels) -> (Option<Claim>, Vec<String>) {
         let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
@@ -155,7 +157,7 @@ mod tests {
     #[test]
     fn every_convention_is_read() {
         #[rustfmt::skip]
-        let cases: &[(&str, Labels, Option<(&str, &str, Option<&str>, Option<&str>)>)] = &[
+        let cases: &[(&str, Labels, Option<Want>)] = &[
             ("web", &[("dev.sg-agent.instance-id", "i-web")], Some(("sg-agent", "i-web", None, None))),
             ("web", &[("dev.sg-agent.instance-id", "i-web"), ("dev.sg-agent.account", "123456789012"), ("dev.sg-agent.region", "eu-west-1")],
                 Some(("sg-agent", "i-web", Some("123456789012"), Some("eu-west-1")))),

@@ -160,10 +160,11 @@ impl Picture {
         let scope = |member: &Claimed| {
             (member.claim.instance.clone(), member.claim.account.clone(), member.claim.region.clone())
         };
-        let mut publish = Vec::new();
+        let (mut publish, mut enis) = (Vec::new(), owner.claim.enis.clone());
         for member in &members {
             if scope(member) == scope(owner) {
                 member.claim.publish.iter().for_each(|spec| push_new(&mut publish, *spec));
+                enis.extend_from_slice(member.claim.enis.get(enis.len()..).unwrap_or_default());
             } else {
                 let taken = &owner.claim.instance;
                 self.warn(member, format!("it shares the network of {}, which is {taken}", subject(&owner.name)));
@@ -196,7 +197,7 @@ impl Picture {
                 instance: owner.claim.instance.clone(),
                 account: owner.claim.account.clone(),
                 region: owner.claim.region.clone(),
-                eni: owner.claim.enis.get(device_index).cloned().flatten(),
+                eni: enis.get(device_index).cloned().flatten(),
                 device_index: device_index as u32,
                 link: Link { ifindex: link.index, name: link.name },
                 mac,

@@ -8,6 +8,10 @@
 //! What is said about the inside of a container (MAC, addresses) is read by netlink in its network namespace, not
 //! taken from Docker: a guest with CAP_NET_ADMIN can change it, and then this reports the change.
 //!
+//! Containers that share one network namespace are one instance, attached once: the one that the first of them by name
+//! claims. Those that claim another are warned about. A link that a flag names is the flag's, whatever its container
+//! claims. Host networking, macvlan, ipvlan and devices that were moved in have no host-side link: a warning each.
+//!
 //! The agent must be in the network namespace that has the host-side links, and see the containers' processes: in a
 //! container of its own it needs `--network host --pid host` and privileges.
 

@@ -16,13 +16,13 @@ use tracing::{debug, info, warn};
 use super::{DiscoveryError, Options, docker};
 
 /// The least time between two triggers: a container that flaps its addresses must not keep the agent busy.
-const PACE: Duration = Duration::from_millis(100);
+const PACE: Duration = Duration::from_millis(50);
 /// The first and the longest pause before Docker is asked again.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
 /// A stream of events that held so long was a healthy one.
 const HEALTHY: Duration = Duration::from_secs(10);
 
-/// Sends to `tx` whenever a scan may find something new, at once for the first event and then no more often than ten
+/// Sends to `tx` whenever a scan may find something new, at once for the first event and then no more often than twenty
 /// times a second. Events are coalesced: give `tx` room for one. Ends when `tx` is closed.
 ///
 /// It hears of containers that start, stop, are renamed or change networks; of links and addresses in this network
