@@ -42,7 +42,8 @@ impl<'a> Search<'a> {
         };
         let found = self.found.get_or_insert_with(|| namespaces(self.host.id));
         for netns in self.known.iter().copied().chain(found.iter()) {
-            if netlink.netns_id(netns.as_fd())? == Some(id) {
+            // An error is no answer: the file of a name that is just being made isn't a namespace yet.
+            if netlink.netns_id(netns.as_fd()).is_ok_and(|found| found == Some(id)) {
                 let inside = read_in(netns)?;
                 let row = inside.links.get(&peer).filter(|row| row.peer == Some(link.index)).cloned();
                 return Ok(row.map(|row| (inside, row)));
