@@ -1,6 +1,6 @@
 //! sg-agent: EC2 security groups, enforced by the kernel.
 //!
-//! A rule's way: [`source`] (R1) -> [`model`] (R2) -> [`resolve`] (R3) -> [`compile`] (R4) -> `apply` (R5).
+//! A rule's way: [`source`] (R1) -> [`model`] (R2) -> [`resolve`] (R3) -> [`compile`] (R4) -> [`apply`] (R5).
 
 pub mod apply;
 pub mod compile;

@@ -1,22 +1,178 @@
-//! stub
-use crate::model::{EniId, InstanceId};
+//! Which local links belong to which EC2 instances: containers that Docker runs, and links that `--attach` names.
+//! Owns finding them, and telling when to look again; attaches nothing, and knows no control plane.
+//!
+//! A scan is a full picture of this moment ([`scan`]); [`watch`] says when the last one may be out of date. A link
+//! is only reported once both of its ends agree that they are each other's: the host-side veth's peer index and
+//! peer namespace must be the container's.
+//!
+//! What is said about the inside of a container (MAC, addresses) is read by netlink in its network namespace, not
+//! taken from Docker: a guest with CAP_NET_ADMIN can change it, and then this reports the change.
+//!
+//! Containers that share one network namespace are one instance, attached once: the one that the first of them by name
+//! claims. Those that claim another are warned about. A link that a flag names is the flag's, whatever its container
+//! claims. Host networking, macvlan, ipvlan and devices that were moved in have no host-side link: a warning each.
+//!
+//! The agent must be in the network namespace that has the host-side links, and see the containers' processes: in a
+//! container of its own it needs `--network host --pid host` and privileges.
+
+mod attach_spec;
+mod conventions;
+mod docker;
+mod links;
+mod names;
+mod netlink;
+mod netns;
+mod publish;
+mod search;
+mod watch;
+
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
 use ipnet::IpNet;
-use std::{net::IpAddr, sync::Arc};
-#[derive(Clone, Debug, PartialEq, Eq)]
+use serde::Serialize;
+
+pub use self::attach_spec::{AttachError, AttachSpec};
+pub use self::publish::{PublishError, PublishSpec};
+pub use self::watch::watch;
+use crate::model::{EniId, InstanceId, Warning};
+
+/// What to look at.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Whether to ask Docker (`--no-docker` turns it off).
+    pub docker: bool,
+    /// Docker's address, `unix://...`; none is `DOCKER_HOST`, or else `/var/run/docker.sock`. Only local sockets:
+    /// another machine's containers have no links here.
+    pub docker_host: Option<String>,
+    /// Links that Docker doesn't know.
+    pub attach: Vec<AttachSpec>,
+    /// [`watch`] asks for a scan at least this often. It covers what no event tells (see there).
+    pub rescan: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { docker: true, docker_host: None, attach: Vec::new(), rescan: Duration::from_secs(10) }
+    }
+}
+
+/// One attachment point: the host side of one interface of one instance.
+///
+/// Several may name one instance: its interfaces, or several containers that claim it; each is to be enforced.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Attachment {
+    /// The instance.
+    pub instance: InstanceId,
+    /// Its account, if the container or flag says; else the agent's own.
+    pub account: Option<Arc<str>>,
+    /// Its region, the same way.
+    pub region: Option<Arc<str>>,
+    /// The network interface that it stands for, if the container or flag says.
+    pub eni: Option<EniId>,
+    /// The place among the container's interfaces that lead out of it, by name (`eth0`, `eth1`, ... `eth10`), whether
+    /// or not they can be enforced; among `--attach` flags for one instance, their order. For matching to ENIs.
+    pub device_index: u32,
+    /// The host-side link, which programs are attached to.
+    pub link: Link,
+    /// The MAC address of the *container's* side.
+    pub mac: [u8; 6],
+    /// The real addresses of the container's side: primary IPv4, secondary IPv4, IPv6, link-local IPv6. A flag's
+    /// `ip=` ones come before those. Never Docker's idea of them.
+    pub addresses: Vec<IpAddr>,
+    /// The prefixes that are on-link there, fe80::/64 included.
+    pub networks: Vec<IpNet>,
+    /// The next hops of the container's default routes over this interface, then the addresses of the bridge that
+    /// the host-side link is a port of (or of that link itself, if it is no bridge's).
+    pub gateways: Vec<IpAddr>,
+    /// Who said that this is an instance.
+    pub origin: Origin,
+    /// Ports to publish: on the first attachment of a container, empty on its others.
+    pub publish: Vec<PublishSpec>,
+}
+
+/// A link in the agent's own network namespace.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize)]
 pub struct Link {
+    /// Its index, which stays until the link goes.
     pub ifindex: u32,
+    /// Its name, for people.
     pub name: String,
 }
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Attachment {
-    pub instance: InstanceId,
-    pub account: Option<Arc<str>>,
-    pub region: Option<Arc<str>>,
-    pub eni: Option<EniId>,
-    pub device_index: u32,
-    pub link: Link,
-    pub mac: [u8; 6],
-    pub addresses: Vec<IpAddr>,
-    pub networks: Vec<IpNet>,
-    pub gateways: Vec<IpAddr>,
+
+/// Who said that a link belongs to an instance.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize)]
+#[serde(rename_all = "snake_case", tag = "by")]
+pub enum Origin {
+    /// A container's labels or name.
+    Docker {
+        /// Its full id.
+        container: String,
+        /// Its name.
+        name: String,
+        /// Whose convention it follows: `sg-agent`, `LocalEmu`, ...
+        convention: &'static str,
+    },
+    /// `--attach`.
+    Flag,
+}
+
+/// What a scan found. An instance that isn't here has no link to enforce anything on.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct Discovered {
+    /// By instance, device index and link; no link twice.
+    pub attachments: Vec<Attachment>,
+    /// What can't be enforced, or was left out, and why; sorted.
+    pub warnings: Vec<Warning>,
+}
+
+/// Why there is no full picture. The last one stays valid: never take this for 'no containers'.
+#[derive(Debug, thiserror::Error)]
+pub enum DiscoveryError {
+    /// Docker doesn't answer.
+    #[error("can't ask docker at {endpoint:?}: {cause}; start it, set DOCKER_HOST, or leave it out with --no-docker")]
+    Docker {
+        /// Where it was looked for.
+        endpoint: String,
+        /// What happened.
+        cause: Box<bollard::errors::Error>,
+        /// What `--attach` names, which is complete without Docker. To be merged with the last picture's
+        /// [`Origin::Docker`] attachments.
+        attached: Box<Discovered>,
+    },
+    /// The kernel doesn't tell.
+    #[error("can't {action}: {cause}; it needs root (CAP_SYS_ADMIN, CAP_NET_ADMIN)")]
+    Kernel {
+        /// What was tried.
+        action: &'static str,
+        /// What happened.
+        cause: io::Error,
+    },
+}
+
+/// Looks once.
+///
+/// # Errors
+/// See [`DiscoveryError`]. A container that stops meanwhile is none: it just isn't in the result.
+pub async fn scan(options: &Options) -> Result<Discovered, DiscoveryError> {
+    let (containers, mut warnings, failure) = if options.docker {
+        match docker::claimed(options.docker_host.as_deref()).await {
+            Ok((containers, warnings)) => (containers, warnings, None),
+            Err(failure) => (Vec::new(), Vec::new(), Some(failure)),
+        }
+    } else {
+        (Vec::new(), Vec::new(), None)
+    };
+    let mut discovered = links::resolve(containers, options.attach.clone()).await?;
+    discovered.warnings.append(&mut warnings);
+    discovered.warnings.sort();
+    discovered.warnings.dedup();
+    match failure {
+        None => Ok(discovered),
+        Some(docker::Failure { endpoint, cause }) => {
+            Err(DiscoveryError::Docker { endpoint, cause: Box::new(cause), attached: Box::new(discovered) })
+        }
+    }
 }
