@@ -12,7 +12,9 @@ use crate::cmd;
 use crate::deps::docker::Engine;
 
 /// The applets that the session calls.
-const APPLETS: [&str; 9] = ["sh", "ls", "cat", "echo", "hostname", "httpd", "nc", "sleep", "wget"];
+const APPLETS: [&str; 9] = [
+    "sh", "ls", "cat", "echo", "hostname", "httpd", "nc", "sleep", "wget",
+];
 
 /// Makes an image whose root takes this SSH key, and which starts an SSH server on port 22.
 pub fn import(engine: &Engine, tag: &str, authorized_key: &str) -> Result<()> {
@@ -30,19 +32,40 @@ pub fn import(engine: &Engine, tag: &str, authorized_key: &str) -> Result<()> {
     // -R makes the host's keys, -F stays in the foreground, -E logs to standard error.
     let imported = engine
         .docker()
-        .args(["import", "--change", r#"CMD ["/usr/sbin/dropbear", "-R", "-F", "-E"]"#, "-", tag])
+        .args([
+            "import",
+            "--change",
+            r#"CMD ["/usr/sbin/dropbear", "-R", "-F", "-E"]"#,
+            "-",
+            tag,
+        ])
         .stdin(archive)
         .output()
         .context("cannot run docker import")?;
     let archived = tar.wait()?;
     let said = String::from_utf8_lossy(&imported.stderr);
-    ensure!(imported.status.success(), "docker import failed: {}", said.trim());
+    ensure!(
+        imported.status.success(),
+        "docker import failed: {}",
+        said.trim()
+    );
     ensure!(archived.success(), "tar failed: {archived}");
     Ok(())
 }
 
 fn fill(root: &Path, authorized_key: &str) -> Result<()> {
-    for dir in ["bin", "usr/sbin", "etc/dropbear", "root/.ssh", "tmp", "var/run", "www", "proc", "sys", "dev"] {
+    for dir in [
+        "bin",
+        "usr/sbin",
+        "etc/dropbear",
+        "root/.ssh",
+        "tmp",
+        "var/run",
+        "www",
+        "proc",
+        "sys",
+        "dev",
+    ] {
         fs::create_dir_all(root.join(dir))?;
     }
     let busybox = cmd::find("busybox").context("busybox isn't there: install busybox-static")?;
@@ -65,7 +88,12 @@ fn fill(root: &Path, authorized_key: &str) -> Result<()> {
     let keys = root.join("root/.ssh/authorized_keys");
     fs::write(&keys, format!("{}\n", authorized_key.trim()))?;
     // Dropbear ignores keys that others could write.
-    for (path, mode) in [(root.to_owned(), 0o755), (root.join("root"), 0o700), (root.join("root/.ssh"), 0o700), (keys, 0o600)] {
+    for (path, mode) in [
+        (root.to_owned(), 0o755),
+        (root.join("root"), 0o700),
+        (root.join("root/.ssh"), 0o700),
+        (keys, 0o600),
+    ] {
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
     }
     Ok(())
@@ -73,12 +101,20 @@ fn fill(root: &Path, authorized_key: &str) -> Result<()> {
 
 /// The shared libraries of a program, the loader included, by the paths that it asks for.
 fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let listed = cmd::stdout(Command::new("ldd").arg(program).env_remove("LD_LIBRARY_PATH"))?;
+    let listed = cmd::stdout(
+        Command::new("ldd")
+            .arg(program)
+            .env_remove("LD_LIBRARY_PATH"),
+    )?;
     Ok(parse_ldd(&listed))
 }
 
 fn parse_ldd(listed: &str) -> Vec<PathBuf> {
-    let word = |line: &str| line.split_whitespace().find(|word| word.starts_with('/')).map(PathBuf::from);
+    let word = |line: &str| {
+        line.split_whitespace()
+            .find(|word| word.starts_with('/'))
+            .map(PathBuf::from)
+    };
     listed.lines().filter_map(word).collect()
 }
 
@@ -91,7 +127,11 @@ mod tests {
         let listed = "\tlinux-vdso.so.1 (0x00007fff)\n\
                       \tlibz.so.1 => /lib/x86_64-linux-gnu/libz.so.1 (0x00007f11)\n\
                       \t/lib64/ld-linux-x86-64.so.2 (0x00007f12)\n";
-        let expected = ["/lib/x86_64-linux-gnu/libz.so.1", "/lib64/ld-linux-x86-64.so.2"].map(PathBuf::from);
+        let expected = [
+            "/lib/x86_64-linux-gnu/libz.so.1",
+            "/lib64/ld-linux-x86-64.so.2",
+        ]
+        .map(PathBuf::from);
         assert_eq!(parse_ldd(listed), expected);
     }
 }
