@@ -47,7 +47,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         println!("\nall outcomes are as expected");
         Ok(ExitCode::SUCCESS)
     } else {
-        println!("\n{differing} outcomes differ from what is expected");
+        println!("\noutcomes that differ from what is expected: {differing}");
         Ok(ExitCode::FAILURE)
     }
 }
@@ -112,11 +112,19 @@ fn play(stage: &mut Stage) -> Result<u32> {
         "db",
         &db_group,
         None,
-        &["/bin/httpd", "-f", "-p", "3306", "-h", "/www"],
+        &[
+            "/bin/nc",
+            "-ll",
+            "-p",
+            "3306",
+            "-e",
+            "/bin/echo",
+            "hello from the database",
+        ],
     )?;
     stage.settle()?;
     let mut from = |instance: &Instance, expected, what: &str| -> Result<()> {
-        let attempt = stage.fetch(instance, &db, 3306)?;
+        let attempt = stage.connect(instance, &db, 3306)?;
         check(what, expected, attempt);
         Ok(())
     };

@@ -12,9 +12,7 @@ use crate::cmd;
 use crate::deps::docker::Engine;
 
 /// The applets that the session calls.
-const APPLETS: [&str; 9] = [
-    "sh", "ls", "cat", "echo", "hostname", "httpd", "nc", "sleep", "wget",
-];
+const APPLETS: [&str; 7] = ["sh", "ls", "cat", "echo", "hostname", "nc", "sleep"];
 
 /// Makes an image whose root takes this SSH key, and which starts an SSH server on port 22.
 pub fn import(engine: &Engine, tag: &str, authorized_key: &str) -> Result<()> {
@@ -61,7 +59,6 @@ fn fill(root: &Path, authorized_key: &str) -> Result<()> {
         "root/.ssh",
         "tmp",
         "var/run",
-        "www",
         "proc",
         "sys",
         "dev",
@@ -84,7 +81,6 @@ fn fill(root: &Path, authorized_key: &str) -> Result<()> {
     fs::write(root.join("etc/group"), "root:x:0:\n")?;
     // Dropbear lets in only users whose shell is listed.
     fs::write(root.join("etc/shells"), "/bin/sh\n")?;
-    fs::write(root.join("www/index.html"), "hello from the database\n")?;
     let keys = root.join("root/.ssh/authorized_keys");
     fs::write(&keys, format!("{}\n", authorized_key.trim()))?;
     // Dropbear ignores keys that others could write.

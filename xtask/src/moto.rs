@@ -18,10 +18,12 @@ pub const PORT: u16 = 5000;
 const START: Duration = Duration::from_secs(90);
 
 /// What makes the AWS CLI and the agent talk to Moto: any key will do, but there must be one.
-pub const CREDENTIALS: [(&str, &str); 3] = [
+pub const CREDENTIALS: [(&str, &str); 4] = [
     ("AWS_ACCESS_KEY_ID", "test"),
     ("AWS_SECRET_ACCESS_KEY", "test"),
     ("AWS_REGION", "us-east-1"),
+    // The first version of the AWS CLI, which PyPI has, reads only this one.
+    ("AWS_DEFAULT_REGION", "us-east-1"),
 ];
 
 /// A Moto that answers; stopped when dropped.

@@ -1,6 +1,7 @@
 //! The demo's stage: Moto, agent, containers, and the commands that the play gives. Whatever it makes is taken away
 //! when it is dropped, also when the play fails half-way. What is expected of a command is the play's.
 
+use std::env;
 use std::fs::{self, Permissions};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::PermissionsExt as _;
@@ -242,77 +243,46 @@ impl Stage {
 
     /// Logs in through the published port.
     pub fn ssh(&self) -> Result<Attempt> {
-        let mut ssh = Command::new("ssh");
-        ssh.args(["-p", &self.ssh_port.to_string(), "-i"])
-            .arg(self.key());
+        let config = self.dir.path().join("ssh_config");
         // The host's key is new each time, and the user's own configuration and agent stay out of it.
-        for option in [
-            "StrictHostKeyChecking=no",
-            "UserKnownHostsFile=/dev/null",
-            "IdentitiesOnly=yes",
-            "BatchMode=yes",
-        ] {
-            ssh.args(["-o", option]);
-        }
-        ssh.args([
-            "-F",
-            "/dev/null",
-            "-o",
-            "LogLevel=ERROR",
-            "-o",
-            &format!("ConnectTimeout={CONNECT_TIMEOUT}"),
-        ]);
-        ssh.args(["root@127.0.0.1", "echo a shell on $(hostname)"]);
+        let lines = [
+            "StrictHostKeyChecking no",
+            "UserKnownHostsFile /dev/null",
+            "IdentitiesOnly yes",
+            "BatchMode yes",
+            "LogLevel ERROR",
+            &format!("ConnectTimeout {CONNECT_TIMEOUT}"),
+        ];
+        fs::write(&config, lines.join("\n"))?;
+        let mut ssh = Command::new("ssh");
+        ssh.arg("-F").arg(config).arg("-i").arg(self.key());
+        ssh.args(["-p", &self.ssh_port.to_string(), "root@127.0.0.1"]);
+        ssh.arg("echo a shell on $(hostname)");
         prompt(&ssh, "ssh");
-        let output = cmd::output(&mut ssh)?;
-        let words = said(&output);
-        Ok(
-            if output.status.success() && words.contains("a shell on web") {
-                Attempt::Answered(words)
-            } else if never_connected(&words) {
-                Attempt::Denied(words)
-            } else {
-                Attempt::Broken(words)
-            },
-        )
+        Ok(attempt(&cmd::output(&mut ssh)?, "a shell on web"))
     }
 
-    /// Asks one instance's web server from another instance.
-    pub fn fetch(&self, from: &Instance, to: &Instance, port: u16) -> Result<Attempt> {
-        let url = format!("http://{}:{port}/", to.address);
+    /// Connects from one instance to another's port, where a server greets.
+    pub fn connect(&self, from: &Instance, to: &Instance, port: u16) -> Result<Attempt> {
         let mut docker = self.engine.docker();
+        let port = port.to_string();
         docker.args([
             "exec",
             &from.container,
-            "wget",
-            "-T",
+            "nc",
+            "-w",
             CONNECT_TIMEOUT,
-            "-q",
-            "-O",
-            "-",
-            &url,
+            &to.address,
+            &port,
         ]);
         prompt(&docker, "docker");
-        let output = cmd::output(&mut docker)?;
-        let words = said(&output);
-        Ok(if output.status.success() {
-            Attempt::Answered(words)
-        } else if never_connected(&words) {
-            Attempt::Denied(words)
-        } else {
-            Attempt::Broken(words)
-        })
+        Ok(attempt(&cmd::output(&mut docker)?, "hello"))
     }
 
     fn aws(&self, arguments: &[&str]) -> Result<String> {
         let mut aws = Command::new(&self.aws);
         // The user's own account has nothing to do with it.
-        for name in [
-            "AWS_PROFILE",
-            "AWS_SESSION_TOKEN",
-            "AWS_DEFAULT_REGION",
-            "AWS_ENDPOINT_URL_EC2",
-        ] {
+        for name in ["AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_EC2"] {
             aws.env_remove(name);
         }
         aws.env("AWS_CONFIG_FILE", "/dev/null")
@@ -326,7 +296,9 @@ impl Stage {
     }
 
     fn agent(&self, arguments: &[&str]) -> Command {
-        let mut command = cmd::as_root(&self.agent, moto::CREDENTIALS);
+        let docker = env::var("DOCKER_HOST").ok();
+        let docker = docker.as_deref().map(|host| ("DOCKER_HOST", host));
+        let mut command = cmd::as_root(&self.agent, moto::CREDENTIALS.into_iter().chain(docker));
         command
             .arg("--state-dir")
             .arg(self.dir.path().join("state"))
@@ -400,6 +372,18 @@ fn outcome(text: &str) {
     println!("{} {text}", style("✓").green());
 }
 
+/// What came of a command that connects, and lets the other side say `greeting`.
+fn attempt(output: &Output, greeting: &str) -> Attempt {
+    let words = said(output);
+    if output.status.success() && words.contains(greeting) {
+        Attempt::Answered(words)
+    } else if !output.status.success() && never_connected(&words) {
+        Attempt::Denied(words)
+    } else {
+        Attempt::Broken(format!("{}: {words}", output.status))
+    }
+}
+
 /// Everything that a command said.
 fn said(output: &Output) -> String {
     let (out, err) = (
@@ -435,15 +419,11 @@ mod tests {
             "kex_exchange_identification: Connection closed by remote host",
             "kex_exchange_identification: read: Connection reset by peer",
             "Connection timed out during banner exchange",
-            "wget: download timed out",
+            "nc: timed out",
         ] {
             assert!(never_connected(words), "{words}");
         }
-        for words in [
-            "root@127.0.0.1: Permission denied (publickey).",
-            "",
-            "wget: server returned error: HTTP/1.1 404",
-        ] {
+        for words in ["root@127.0.0.1: Permission denied (publickey).", ""] {
             assert!(!never_connected(words), "{words}");
         }
     }
