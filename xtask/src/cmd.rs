@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{IsTerminal as _, Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::Once;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,6 +23,9 @@ use crate::ui::{self, Progress};
 const POLL: Duration = Duration::from_millis(50);
 /// How many lines of a failed command's output are shown.
 const TAIL_LINES: usize = 30;
+
+/// How often sudo's ticket is renewed; distributions let it last for 5 or 15 minutes.
+const TICKET_RENEWAL: Duration = Duration::from_secs(120);
 
 /// The signal that asked xtask to end, or 0.
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
@@ -65,11 +69,16 @@ pub fn sleep(time: Duration) -> Result<()> {
 
 /// The program's full path: `PATH` first, then the directories that users' `PATH`s often leave out.
 pub fn find(program: &str) -> Option<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path)
-        .chain(["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from))
+    search_path()
+        .into_iter()
         .map(|dir| dir.join(program))
         .find(|candidate| is_executable(candidate))
+}
+
+fn search_path() -> Vec<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let sbin = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
+    env::split_paths(&path).chain(sbin).collect()
 }
 
 /// Can this file be run?
@@ -211,6 +220,7 @@ pub fn ensure_root(why: &str) -> Result<()> {
         );
     };
     if succeeds(Command::new(&sudo).args(["-n", "true"])) {
+        keep_ticket();
         return Ok(());
     }
     ensure!(
@@ -218,30 +228,55 @@ pub fn ensure_root(why: &str) -> Result<()> {
         "root is needed {why}, and sudo wants a password: run `sudo -v` first, or run this command as root"
     );
     ui::step(&format!("sudo: root is needed {why}"));
-    run(Command::new(sudo).arg("-v"))
+    run(Command::new(sudo).arg("-v"))?;
+    keep_ticket();
+    Ok(())
+}
+
+/// Renews sudo's ticket from now on: what was started as root must be stopped as root, hours later perhaps.
+fn keep_ticket() {
+    static KEEPER: Once = Once::new();
+    KEEPER.call_once(|| {
+        thread::spawn(|| {
+            loop {
+                thread::sleep(TICKET_RENEWAL);
+                succeeds(Command::new("sudo").args(["-n", "-v"]));
+            }
+        });
+    });
 }
 
 /// A command that runs as root, through sudo if need be ([`ensure_root`] comes first). sudo drops the
-/// environment, so what must arrive is named.
+/// environment, so what must arrive is named; `PATH` arrives always, with the directories where root's
+/// programs are (dockerd looks for iptables there).
 pub fn as_root<K: AsRef<OsStr>, V: AsRef<OsStr>>(
     program: impl AsRef<OsStr>,
     environment: impl IntoIterator<Item = (K, V)>,
 ) -> Command {
+    // A directory with a colon in its name can't come from PATH, so joining doesn't fail.
+    let path = env::join_paths(search_path()).unwrap_or_default();
     if is_root() {
         let mut command = Command::new(program);
-        command.envs(environment);
+        command.env("PATH", path).envs(environment);
         return command;
     }
     let mut command = Command::new("sudo");
-    command.arg("-n").arg("env");
+    command
+        .arg("-n")
+        .arg("env")
+        .arg(pair("PATH".as_ref(), &path));
     for (name, value) in environment {
-        let mut pair = OsString::from(name.as_ref());
-        pair.push("=");
-        pair.push(value.as_ref());
-        command.arg(pair);
+        command.arg(pair(name.as_ref(), value.as_ref()));
     }
     command.arg(program);
     command
+}
+
+fn pair(name: &OsStr, value: &OsStr) -> OsString {
+    let mut pair = name.to_owned();
+    pair.push("=");
+    pair.push(value);
+    pair
 }
 
 /// [`as_root`] without any environment.
@@ -263,16 +298,20 @@ pub fn signal(pid: u32, signal: Signal) {
 
 /// Asks a child to end, waits for at most `patience`, then kills it.
 pub fn stop(child: &mut Child, patience: Duration) {
-    signal(child.id(), Signal::SIGTERM);
-    let end = Instant::now() + patience;
-    while Instant::now() < end {
-        if !matches!(child.try_wait(), Ok(None)) {
-            return;
+    for (number, patience) in [
+        (Signal::SIGTERM, patience),
+        (Signal::SIGKILL, Duration::from_secs(2)),
+    ] {
+        signal(child.id(), number);
+        let end = Instant::now() + patience;
+        while Instant::now() < end {
+            if !matches!(child.try_wait(), Ok(None)) {
+                return;
+            }
+            thread::sleep(POLL);
         }
-        thread::sleep(POLL);
     }
-    signal(child.id(), Signal::SIGKILL);
-    child.wait().ok();
+    ui::warn(&format!("process {} can't be stopped", child.id()));
 }
 
 /// The command as one would type it.

@@ -258,7 +258,6 @@ impl Runner {
             let mut all = vec![
                 ("SG_AGENT_BIN", agent.clone().into_os_string()),
                 ("CARGO_MANIFEST_DIR", directory.clone().into_os_string()),
-                ("PATH", env::var_os("PATH").unwrap_or_default()),
             ];
             // The user's own choice of these comes last, and so wins.
             all.extend(environment.iter().cloned());
