@@ -1,2 +1,54 @@
-//! placeholder
-fn main() {}
+//! sg-agent's development commands: parses the command line and hands over to one module a command.
+
+mod build;
+mod cmd;
+mod demo;
+mod deps;
+mod ebpf;
+mod image;
+mod libtest;
+mod moto;
+mod run;
+mod test;
+mod ui;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about, version)]
+struct Options {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build the eBPF object and the agent (target/release/sg-agent)
+    Build(build::Options),
+    /// Set up, build, start Moto, and run the agent in the foreground
+    Run(run::Options),
+    /// Run the tests, all sets or some
+    Test(test::Options),
+    /// Play a session with the AWS CLI, Docker and SSH, and check every outcome
+    Demo(demo::Options),
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let outcome = cmd::install_signal_handlers().and_then(|()| match options.command {
+        Command::Build(options) => build::run(&options),
+        Command::Run(options) => run::run(&options),
+        Command::Test(options) => test::run(&options),
+        Command::Demo(options) => demo::run(&options),
+    });
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            ui::error(&format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}

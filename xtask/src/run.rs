@@ -1,0 +1,142 @@
+//! `cargo xtask run`: everything that the agent needs, then the agent in the foreground.
+
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::io::IsTerminal as _;
+use std::process::{Command, ExitCode};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use nix::sys::signal::Signal;
+
+use crate::deps::{self, docker::Engine, python::Venv};
+use crate::moto::{self, Moto};
+use crate::{build, cmd, ui};
+
+/// How long the agent may take to end after a signal.
+const STOP: Duration = Duration::from_secs(15);
+
+/// The command's options.
+#[derive(Args)]
+pub struct Options {
+    /// Use this EC2 API instead of starting Moto
+    #[arg(long, value_name = "URL")]
+    endpoint_url: Option<String>,
+    /// Start no Moto: the agent's own arguments or AWS_ENDPOINT_URL tell where the rules come from
+    #[arg(long)]
+    no_moto: bool,
+    /// Moto's port; a free one is taken if something else has it
+    #[arg(long, value_name = "PORT", default_value_t = moto::PORT)]
+    moto_port: u16,
+    /// Arguments for `sg-agent run`
+    #[arg(last = true, value_name = "AGENT ARGUMENTS")]
+    agent: Vec<OsString>,
+}
+
+/// Sets up, builds, starts what is missing, and runs the agent until it ends or Ctrl-C.
+pub fn run(options: &Options) -> Result<ExitCode> {
+    let agent = build::build(true)?;
+    let engine = Engine::ensure()?;
+    cmd::ensure_root("to load eBPF programs")?;
+    deps::ensure_bpffs()?;
+    let (moto, aws) = if options.no_moto || options.endpoint_url.is_some() {
+        (None, "aws".to_owned())
+    } else {
+        let venv = Venv::ensure()?;
+        (Some(Moto::start(&venv, options.moto_port)?), venv.aws().display().to_string())
+    };
+    let endpoint = options.endpoint_url.clone().or_else(|| moto.as_ref().map(Moto::endpoint));
+
+    // sudo drops the environment: what the agent reads is named.
+    let passed = |name: &OsStr| {
+        let name = name.to_string_lossy();
+        name.starts_with("AWS_") || name.starts_with("SG_") || ["RUST_LOG", "DOCKER_HOST", "NO_COLOR"].contains(&&*name)
+    };
+    let mut environment: Vec<(OsString, OsString)> = env::vars_os().filter(|(name, _)| passed(name)).collect();
+    if moto.is_some() {
+        let own = moto::CREDENTIALS.into_iter().filter(|(name, _)| env::var_os(name).is_none());
+        environment.extend(own.map(|(name, value)| (name.into(), value.into())));
+    }
+    let mut command = cmd::as_root(agent, environment);
+    command.arg("run");
+    if let Some(endpoint) = &endpoint {
+        command.args(["--endpoint-url", endpoint]);
+        if moto.is_some() {
+            print!("{}", how_to(endpoint, &aws));
+        }
+    }
+    command.args(&options.agent);
+    let code = foreground(&mut command)?;
+    drop(moto);
+    drop(engine);
+    Ok(code)
+}
+
+/// Runs the agent until its end; a signal to xtask is the agent's.
+fn foreground(command: &mut Command) -> Result<ExitCode> {
+    ui::step(&format!("{} (Ctrl-C ends it, and what was started for it)", cmd::show(command)));
+    cmd::check_interrupted()?;
+    let mut child = command.spawn().with_context(|| format!("cannot run {}", cmd::show(command)))?;
+    let mut asked_at = None;
+    let status = loop {
+        if let Some(status) = child.try_wait().context("cannot wait for the agent")? {
+            break status;
+        }
+        match (cmd::interrupted(), asked_at) {
+            (Some(signal), None) => {
+                // The terminal has sent Ctrl-C to the agent as well.
+                if signal != Signal::SIGINT || !std::io::stdin().is_terminal() {
+                    cmd::signal(child.id(), signal);
+                }
+                asked_at = Some(Instant::now());
+            }
+            (Some(_), Some(at)) if at.elapsed() > STOP => {
+                ui::warn(&format!("the agent doesn't end within {} s: killing it", STOP.as_secs()));
+                cmd::stop(&mut child, Duration::from_secs(1));
+            }
+            _ => {}
+        }
+        thread::sleep(Duration::from_millis(50));
+    };
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+fn how_to(endpoint: &str, aws: &str) -> String {
+    let exports: Vec<_> = moto::CREDENTIALS.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    let exports = exports.join(" ");
+    format!(
+        "
+Moto is the control plane. In another terminal:
+
+  export AWS_ENDPOINT_URL={endpoint} {exports}
+  alias aws={aws}
+
+1. a group, and a rule in it:
+  SG=$(aws ec2 create-security-group --group-name web --description web --query GroupId --output text)
+  aws ec2 authorize-security-group-ingress --group-id $SG --protocol tcp --port 22 --cidr 0.0.0.0/0
+2. an instance in the group:
+  ID=$(aws ec2 run-instances --image-id ami-12c6146b --security-group-ids $SG --query 'Instances[0].InstanceId' --output text)
+3. the container that stands for it, port 22 published on the host's 32022:
+  docker run -d --label dev.sg-agent.instance-id=$ID --label dev.sg-agent.publish=32022=22 IMAGE
+
+Then `sg-agent status` shows what is enforced, and `aws ec2 revoke-security-group-ingress` changes it.
+`cargo xtask demo` plays such a session by itself.
+
+"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_how_to_names_the_endpoint_and_credentials() {
+        let text = how_to("http://127.0.0.1:5001", "/w/target/venv/bin/aws");
+        assert!(text.contains("AWS_ENDPOINT_URL=http://127.0.0.1:5001 AWS_ACCESS_KEY_ID=test "), "{text}");
+        assert!(text.contains("alias aws=/w/target/venv/bin/aws\n"), "{text}");
+    }
+}

@@ -1,0 +1,425 @@
+//! `cargo xtask test`: runs the sets of tests and counts. What a set needs is set up first; a set that can't run
+//! names what is missing, and that fails in CI.
+
+use std::cell::OnceCell;
+use std::env;
+use std::ffi::OsString;
+use std::io::{BufRead as _, BufReader};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::{Args, ValueEnum};
+use console::style;
+
+use crate::deps::{self, docker::Engine, python::Venv};
+use crate::libtest::{self, Counts};
+use crate::{build, cmd, ebpf, ui, workspace};
+
+/// The package of the packet-level and end-to-end tests; each of its files is in the set that it is named after.
+const TESTS: &str = "tests";
+
+/// The command's options.
+#[derive(Args)]
+pub struct Options {
+    /// Run this set only (may be repeated)
+    #[arg(long, value_enum, value_name = "SET")]
+    only: Vec<Set>,
+    /// List the sets and what they need
+    #[arg(long)]
+    list: bool,
+    /// Arguments for the test programs: a part of the tests' names, or libtest's options
+    #[arg(last = true, value_name = "FILTER")]
+    filter: Vec<OsString>,
+}
+
+/// A set of tests that are run together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Set {
+    /// rustfmt changes nothing
+    Fmt,
+    /// clippy and the eBPF compiler have no warnings
+    Clippy,
+    /// The crates' own tests
+    Unit,
+    /// The eBPF programs by BPF_PROG_TEST_RUN
+    Kernel,
+    /// The agent in network namespaces
+    Netns,
+    /// The agent with Docker and Moto, end to end
+    Docker,
+}
+
+impl Set {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Fmt => "fmt",
+            Self::Clippy => "clippy",
+            Self::Unit => "unit",
+            Self::Kernel => "kernel",
+            Self::Netns => "netns",
+            Self::Docker => "docker",
+        }
+    }
+
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Fmt => "rustfmt changes nothing (rustfmt)",
+            Self::Clippy => "clippy and the eBPF compiler have no warnings (clippy)",
+            Self::Unit => "the crates' own tests",
+            Self::Kernel => "the eBPF programs by BPF_PROG_TEST_RUN (root)",
+            Self::Netns => "the agent in network namespaces (root)",
+            Self::Docker => "the agent with Docker and Moto, end to end (root, a Docker engine, Python)",
+        }
+    }
+}
+
+/// How a set ended.
+enum Outcome {
+    Passed,
+    Failed(String),
+    Skipped(String),
+}
+
+struct Row {
+    set: Set,
+    outcome: Outcome,
+    counts: Counts,
+    time: Duration,
+}
+
+/// Runs the sets, then prints the table and the closing line.
+pub fn run(options: &Options) -> Result<ExitCode> {
+    let sets = Set::value_variants().iter().copied();
+    if options.list {
+        for set in sets {
+            println!("{:<8} {}", set.name(), set.describe());
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut runner = Runner { filter: options.filter.clone(), ..Runner::default() };
+    let mut rows = Vec::new();
+    for set in sets.filter(|set| options.only.is_empty() || options.only.contains(set)) {
+        ui::step(&format!("test set {}: {}", set.name(), set.describe()));
+        let started = Instant::now();
+        let mut counts = Counts::default();
+        let outcome = match runner.set(set, &mut counts) {
+            Ok(outcome) => outcome,
+            Err(error) => Outcome::Failed(format!("{error:#}")),
+        };
+        // A signal that ends a test program isn't the test's failure.
+        cmd::check_interrupted()?;
+        let row = Row { set, outcome: strict(outcome), counts, time: started.elapsed() };
+        if let Outcome::Failed(reason) = &row.outcome {
+            ui::error(&format!("{}: {reason}", set.name()));
+        }
+        rows.push(row);
+    }
+    drop(runner);
+    Ok(report(&rows))
+}
+
+/// In CI a set that was skipped has failed.
+fn strict(outcome: Outcome) -> Outcome {
+    let ci = env::var("CI").is_ok_and(|value| !["", "0", "false"].contains(&value.as_str()));
+    match outcome {
+        Outcome::Skipped(reason) if ci => Outcome::Failed(format!("can't run, and CI needs every set: {reason}")),
+        other => other,
+    }
+}
+
+/// What the sets share, made when the first of them needs it. Stops the dockerd that it started when dropped.
+#[derive(Default)]
+struct Runner {
+    filter: Vec<OsString>,
+    object: OnceCell<()>,
+    agent: OnceCell<PathBuf>,
+    engine: OnceCell<Engine>,
+}
+
+impl Runner {
+    fn set(&mut self, set: Set, counts: &mut Counts) -> Result<Outcome> {
+        match set {
+            Set::Fmt => {
+                if let Err(missing) = component("fmt", "rustfmt") {
+                    return Ok(Outcome::Skipped(missing));
+                }
+                cmd::run(workspace::cargo().args(["fmt", "--all", "--check"]))?;
+                cmd::run(&mut ebpf::fmt_check())?;
+                Ok(Outcome::Passed)
+            }
+            Set::Clippy => {
+                if let Err(missing) = component("clippy", "clippy") {
+                    return Ok(Outcome::Skipped(missing));
+                }
+                self.object()?;
+                let mut clippy = workspace::cargo();
+                clippy.args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]);
+                cmd::run(&mut clippy)?;
+                ebpf::check()?;
+                Ok(Outcome::Passed)
+            }
+            Set::Unit => {
+                self.object()?;
+                let mut test = workspace::cargo();
+                test.args(["test", "-p", "sg-common", "-p", "sg-agent", "-p", "xtask", "--no-fail-fast"]);
+                test.arg("--").args(&self.filter);
+                let crates = count(&mut test, counts);
+                let mut test = workspace::cargo();
+                test.args(["test", "-p", TESTS, "--lib", "--"]).args(&self.filter);
+                count(&mut test, counts).and(crates)?;
+                Ok(Outcome::Passed)
+            }
+            Set::Kernel => self.rooted(set, &[deps::IP], &[], counts),
+            Set::Netns => self.rooted(set, &[deps::IP], &[], counts),
+            Set::Docker => self.docker(counts),
+        }
+    }
+
+    fn docker(&mut self, counts: &mut Counts) -> Result<Outcome> {
+        if self.engine.get().is_none() {
+            match Engine::ensure() {
+                Ok(engine) => drop(self.engine.set(engine)),
+                Err(error) => return Ok(Outcome::Skipped(format!("no Docker engine: {error:#}"))),
+            }
+        }
+        let venv = match Venv::ensure() {
+            Ok(venv) => venv,
+            Err(error) => return Ok(Outcome::Skipped(format!("no Moto: {error:#}"))),
+        };
+        let environment = [
+            ("SG_MOTO_PYTHON", venv.python().into()),
+            ("SG_AWS", venv.aws().into()),
+            ("RUST_TEST_THREADS", "1".into()),
+        ];
+        self.rooted(Set::Docker, &[deps::IP, deps::BUSYBOX, deps::DROPBEAR, deps::SSH], &environment, counts)
+    }
+
+    /// Builds the set's test programs as the user, and runs them as root.
+    fn rooted(
+        &mut self,
+        set: Set,
+        tools: &[deps::Tool],
+        environment: &[(&str, OsString)],
+        counts: &mut Counts,
+    ) -> Result<Outcome> {
+        let files = files(set)?;
+        if files.is_empty() {
+            return Ok(Outcome::Skipped(format!("tests/tests/{}.rs isn't there", set.name())));
+        }
+        if let Err(error) = cmd::ensure_root(&format!("by the {} tests", set.name())) {
+            return Ok(Outcome::Skipped(format!("{error:#}")));
+        }
+        if let Err(error) = deps::ensure_tools(tools).and_then(|()| deps::ensure_bpffs()) {
+            return Ok(Outcome::Skipped(format!("{error:#}")));
+        }
+        let agent = self.agent()?;
+        let directory = workspace::root().join(TESTS);
+        let mut failures = Vec::new();
+        for program in programs(&files)? {
+            let mut all = vec![
+                ("SG_AGENT_BIN", agent.clone().into_os_string()),
+                ("CARGO_MANIFEST_DIR", directory.clone().into_os_string()),
+            ];
+            // The user's own choice of these comes last, and so wins.
+            all.extend(environment.iter().cloned());
+            let passed = ["DOCKER_HOST", "CI", "RUST_BACKTRACE", "RUST_LOG", "RUST_TEST_THREADS"];
+            all.extend(passed.iter().filter_map(|name| Some((*name, env::var_os(name)?))));
+            let mut test = cmd::as_root(program, all);
+            test.current_dir(&directory).args(&self.filter);
+            if let Err(error) = count(&mut test, counts) {
+                failures.push(format!("{error:#}"));
+            }
+            cmd::check_interrupted()?;
+        }
+        ensure!(failures.is_empty(), "{}", failures.join("; "));
+        Ok(Outcome::Passed)
+    }
+
+    fn object(&self) -> Result<()> {
+        if self.object.get().is_none() {
+            ebpf::build()?;
+            self.object.set(()).ok();
+        }
+        Ok(())
+    }
+
+    fn agent(&self) -> Result<PathBuf> {
+        if let Some(agent) = self.agent.get() {
+            return Ok(agent.clone());
+        }
+        let agent = build::build(true)?;
+        self.agent.set(agent.clone()).ok();
+        Ok(agent)
+    }
+}
+
+/// Makes sure that a cargo subcommand is there; an error names what is missing.
+fn component(subcommand: &str, component: &str) -> Result<(), String> {
+    let there = || cmd::succeeds(workspace::cargo().args([subcommand, "--version"]));
+    if !there() && cmd::find("rustup").is_some() {
+        ui::step(&format!("adding rustup's {component}: `cargo {subcommand}` needs it"));
+        if let Err(error) = cmd::run(Command::new("rustup").args(["component", "add", component])) {
+            ui::warn(&format!("{error:#}"));
+        }
+    }
+    if there() {
+        Ok(())
+    } else {
+        Err(format!("cargo {subcommand} isn't there: run `rustup component add {component}`"))
+    }
+}
+
+/// The test targets of a set: `kernel` and `kernel_*`, files or directories.
+fn files(set: Set) -> Result<Vec<String>> {
+    let directory = workspace::root().join(TESTS).join("tests");
+    let mut names = Vec::new();
+    if !directory.is_dir() {
+        return Ok(names);
+    }
+    for entry in directory.read_dir().with_context(|| format!("cannot read {}", directory.display()))? {
+        let path = entry?.path();
+        let target = path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").is_file();
+        let Some(name) = path.file_stem().and_then(|name| name.to_str()).filter(|_| target) else {
+            continue;
+        };
+        match set_of(name) {
+            Some(owner) if owner == set => names.push(name.to_owned()),
+            Some(_) => {}
+            None => bail!("{}: no set has these tests: name the file kernel_*, netns_* or docker_*", path.display()),
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn set_of(target: &str) -> Option<Set> {
+    [Set::Kernel, Set::Netns, Set::Docker]
+        .into_iter()
+        .find(|set| target.strip_prefix(set.name()).is_some_and(|rest| rest.is_empty() || rest.starts_with('_')))
+}
+
+/// Builds the test programs, and returns their paths.
+fn programs(targets: &[String]) -> Result<Vec<PathBuf>> {
+    let mut cargo = workspace::cargo();
+    cargo.args(["test", "--no-run", "--message-format=json-render-diagnostics", "-p", TESTS]);
+    for target in targets {
+        cargo.args(["--test", target]);
+    }
+    cargo.stdin(Stdio::null()).stdout(Stdio::piped());
+    let output = cargo.spawn().and_then(std::process::Child::wait_with_output);
+    let output = output.with_context(|| format!("cannot run {}", cmd::show(&cargo)))?;
+    ensure!(output.status.success(), "{} failed: {}", cmd::show(&cargo), output.status);
+    let mut programs = Vec::new();
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        let Ok(message) = serde_json::from_str::<serde_json::Value>(line) else {
+            continue;
+        };
+        let name = message["target"]["name"].as_str();
+        if name.is_some_and(|name| targets.iter().any(|target| target == name))
+            && let Some(executable) = message["executable"].as_str()
+        {
+            programs.push(PathBuf::from(executable));
+        }
+    }
+    ensure!(programs.len() == targets.len(), "cargo made {} test programs of {}", programs.len(), targets.join(" "));
+    Ok(programs)
+}
+
+/// Runs a test program, shows what it prints, and adds its counts.
+fn count(command: &mut Command, counts: &mut Counts) -> Result<()> {
+    cmd::check_interrupted()?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {}", cmd::show(command)))?;
+    if let Some(stdout) = child.stdout.take() {
+        let mut lines = BufReader::new(stdout);
+        let mut line = Vec::new();
+        while lines.read_until(b'\n', &mut line)? > 0 {
+            let text = String::from_utf8_lossy(&line);
+            print!("{text}");
+            if let Some(more) = libtest::summary(text.trim_end()) {
+                *counts += more;
+            }
+            line.clear();
+        }
+    }
+    let status = child.wait()?;
+    ensure!(status.success(), "{} failed: {status}", cmd::show(command));
+    Ok(())
+}
+
+/// Prints the table and the closing line. A set that failed or was skipped without a test function that did
+/// (clippy, say) counts as one.
+fn report(rows: &[Row]) -> ExitCode {
+    println!();
+    let mut sum = Counts::default();
+    let mut code = ExitCode::SUCCESS;
+    for row in rows {
+        let (word, reason) = match &row.outcome {
+            Outcome::Passed => (style("passed").green(), ""),
+            Outcome::Failed(reason) => (style("failed").red(), reason.as_str()),
+            Outcome::Skipped(reason) => (style("skipped").yellow(), reason.as_str()),
+        };
+        let counts = total(row);
+        if counts.failed > 0 {
+            code = ExitCode::FAILURE;
+        }
+        sum += counts;
+        let reason = reason.lines().next().unwrap_or_default();
+        let line = format!(
+            "{:<8} {word:<8} {:>5} tests {:>7.1} s  {reason}",
+            row.set.name(),
+            row.counts.passed + row.counts.failed,
+            row.time.as_secs_f64()
+        );
+        println!("{}", line.trim_end());
+    }
+    println!("{} passed, {} failed, {} skipped", sum.passed, sum.failed, sum.skipped);
+    code
+}
+
+fn total(row: &Row) -> Counts {
+    let mut counts = row.counts;
+    match row.outcome {
+        Outcome::Failed(_) => counts.failed = counts.failed.max(1),
+        Outcome::Skipped(_) => counts.skipped = counts.skipped.max(1),
+        Outcome::Passed => {}
+    }
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(outcome: Outcome, counts: Counts) -> Row {
+        Row { set: Set::Unit, outcome, counts, time: Duration::ZERO }
+    }
+
+    #[test]
+    fn a_file_is_in_the_set_that_it_is_named_after() {
+        for (target, set) in [
+            ("kernel", Some(Set::Kernel)),
+            ("netns_proxy", Some(Set::Netns)),
+            ("docker", Some(Set::Docker)),
+            ("kernels", None),
+            ("unit", None),
+        ] {
+            assert_eq!(set_of(target), set, "{target}");
+        }
+    }
+
+    #[test]
+    fn a_failure_without_a_test_function_counts() {
+        let none = Counts::default();
+        assert_eq!(total(&row(Outcome::Passed, none)), none);
+        assert_eq!(total(&row(Outcome::Failed("warnings".to_owned()), none)).failed, 1);
+        assert_eq!(total(&row(Outcome::Skipped("no root".to_owned()), none)).skipped, 1);
+        let two = Counts { passed: 5, failed: 2, skipped: 0 };
+        assert_eq!(total(&row(Outcome::Failed("two of them".to_owned()), two)), two);
+    }
+}
