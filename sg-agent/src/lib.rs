@@ -1,1 +1,2 @@
-//! placeholder
+//! The agent: EC2 security groups, read from a control plane, kept real in the kernel.
+pub mod model;
