@@ -72,10 +72,7 @@ mod tests {
             peer(PeerFields { ipv4: Some("10.0.0.5/8"), ..Default::default() }),
             Peer::Ipv4("10.0.0.0/8".parse().unwrap())
         );
-        assert_eq!(
-            peer(PeerFields { ipv6: Some("::/0"), ..Default::default() }),
-            Peer::Ipv6("::/0".parse().unwrap())
-        );
+        assert_eq!(peer(PeerFields { ipv6: Some("::/0"), ..Default::default() }), Peer::Ipv6("::/0".parse().unwrap()));
         assert_eq!(peer(PeerFields { group: Some("sg-1"), ..Default::default() }), Peer::Group("sg-1".into()));
         assert_eq!(
             peer(PeerFields { prefix_list: Some("pl-1"), ..Default::default() }),

@@ -121,9 +121,7 @@ fn icmp(
     let field = |field, value: Option<i64>| match value {
         None => Err(TrafficError::NoIcmp { protocol, field }),
         Some(-1) => Ok(None),
-        Some(value) => {
-            u8::try_from(value).map(Some).map_err(|_| TrafficError::BadIcmp { protocol, field, value })
-        }
+        Some(value) => u8::try_from(value).map(Some).map_err(|_| TrafficError::BadIcmp { protocol, field, value }),
     };
     match (field(IcmpField::Type, kind)?, field(IcmpField::Code, code)?) {
         // To force the code to -1 would allow more than was asked for.
