@@ -1,6 +1,9 @@
 //! One call of the EC2 Query API: signed, bounded, paged and, when throttled, tried again. Owns the transport and its
 //! errors; which calls are made is `ec2`'s.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -43,6 +46,7 @@ pub struct Client {
     account: Option<HeaderValue>,
     slots: Semaphore,
     back_off: Duration,
+    body_limit: usize,
 }
 
 enum Failure {
@@ -71,7 +75,15 @@ impl Client {
         };
         let account = account.and_then(|account| HeaderValue::from_str(account).ok());
         let slots = Semaphore::new(CONCURRENT);
-        Ok(Self { http, signer, endpoint: settings.endpoint.clone(), account, slots, back_off: BACK_OFF })
+        Ok(Self {
+            http,
+            signer,
+            endpoint: settings.endpoint.clone(),
+            account,
+            slots,
+            back_off: BACK_OFF,
+            body_limit: BODY_LIMIT,
+        })
     }
 
     /// Makes the call and follows its pages.
@@ -149,8 +161,8 @@ impl Client {
         loop {
             match response.chunk().await {
                 Ok(None) => return Ok((status, bytes)),
-                Ok(Some(chunk)) if bytes.len() + chunk.len() > BODY_LIMIT => {
-                    return Err(SourceError::TooLarge { action, url: self.url(), limit: BODY_LIMIT });
+                Ok(Some(chunk)) if bytes.len() + chunk.len() > self.body_limit => {
+                    return Err(SourceError::TooLarge { action, url: self.url(), limit: self.body_limit });
                 }
                 Ok(Some(chunk)) => bytes.extend_from_slice(&chunk),
                 Err(error) => {
@@ -178,11 +190,6 @@ impl Client {
 
     fn url(&self) -> String {
         self.endpoint.to_string()
-    }
-
-    #[cfg(test)]
-    pub fn set_back_off(&mut self, back_off: Duration) {
-        self.back_off = back_off;
     }
 }
 

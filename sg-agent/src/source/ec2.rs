@@ -1,6 +1,9 @@
 //! An EC2 endpoint as a source: which calls make an inventory. Owns the order of the calls and what each is filtered
 //! by; polls when it is told to.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};

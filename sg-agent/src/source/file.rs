@@ -1,6 +1,9 @@
 //! The rules file: what the AWS CLI's describe commands print, in one JSON object or an array of them. Owns its shape
 //! and the errors that name a place in it; whoever runs it watches it for changes.
 
+#[cfg(test)]
+mod tests;
+
 use std::io::Read;
 use std::path::Path;
 

@@ -5,6 +5,8 @@ mod answer;
 mod client;
 mod convert;
 mod ec2;
+#[cfg(test)]
+mod fake;
 mod file;
 mod quirks;
 mod settings;
@@ -163,7 +165,7 @@ pub enum SourceError {
 #[cfg(test)]
 macro_rules! fixture {
     ($name:literal) => {
-        &include_bytes!(concat!("fixtures/", $name, ".xml"))[..]
+        &include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/source/fixtures/", $name, ".xml"))[..]
     };
 }
 #[cfg(test)]

@@ -256,10 +256,14 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for ListVisitor<T> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<List<T>, A::Error> {
         let mut items = Vec::new();
         while let Some(key) = map.next_key::<String>()? {
-            if key == "item" {
-                items.push(map.next_value()?);
-            } else {
-                map.next_value::<IgnoredAny>()?;
+            match key.as_str() {
+                "item" => items.push(map.next_value()?),
+                // Attributes, such as a namespace.
+                _ if key.starts_with('@') => {
+                    map.next_value::<IgnoredAny>()?;
+                }
+                // An object where a list should be mustn't pass for an empty one.
+                _ => return Err(serde::de::Error::unknown_field(&key, &["item"])),
             }
         }
         Ok(List(items))
@@ -301,7 +305,7 @@ mod tests {
     #[test]
     fn xml_and_json_read_the_same() {
         let xml = "<item><ipProtocol>tcp</ipProtocol><fromPort>22</fromPort><toPort>x</toPort><groups/>\
-                   <ipRanges> <item><cidrIp>10.0.0.0/8</cidrIp></item><other/><item><cidrIp>10.1.0.0/16</cidrIp></item>\
+                   <ipRanges> <item><cidrIp>10.0.0.0/8</cidrIp></item><item><cidrIp>10.1.0.0/16</cidrIp></item>\
                    </ipRanges></item>";
         let xml: Permission = quick_xml::de::from_str(xml).unwrap();
         let json = r#"{"IpProtocol": "tcp", "FromPort": 22, "ToPort": 23, "UserIdGroupPairs": [],
@@ -316,5 +320,6 @@ mod tests {
         }
         assert_eq!(xml.to, Some(Number::Bad("x".into())));
         assert_eq!(json.to, Some(Number::Int(23)));
+        assert!(serde_json::from_str::<Permission>(r#"{"IpRanges": {"CidrIp": "10.0.0.0/8"}}"#).is_err());
     }
 }
