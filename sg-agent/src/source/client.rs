@@ -116,7 +116,9 @@ impl Client {
         }
         let body = form.finish();
         let mut pause = self.back_off;
-        for attempt in 1.. {
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
             match self.attempt::<C>(&body).await {
                 Ok(page) => return Ok(page),
                 Err(Failure::Final(error)) => return Err(error),
@@ -131,7 +133,6 @@ impl Client {
                 }
             }
         }
-        unreachable!("the last attempt returns")
     }
 
     async fn attempt<C: Call>(&self, body: &str) -> Result<(Vec<C::Item>, Option<String>), Failure> {

@@ -7,6 +7,7 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use futures_util::future::try_join_all;
 
@@ -18,6 +19,7 @@ use super::answer::{
 use super::client::{Client, Parameters};
 use super::convert::{self, Facts};
 use super::quirks::{self, Quirks};
+use super::rule_ids::RuleIds;
 use super::settings::{Ec2Options, Settings};
 use super::wire;
 use super::{SourceError, Wanted};
@@ -25,6 +27,9 @@ use crate::model::{GroupId, Inventory, Scope};
 
 /// The values that AWS takes in one filter.
 const FILTER_VALUES: usize = 200;
+
+/// Above so many groups all rules are read, where all groups are: Moto's filter costs more than what it saves.
+const FILTER_RULES: usize = 20;
 
 /// One endpoint, one account and region.
 #[derive(Debug)]
@@ -36,6 +41,7 @@ pub struct Ec2 {
     account_is_known: bool,
     learnt: OnceLock<Scope>,
     told_of_default_groups: AtomicBool,
+    rule_ids: RuleIds,
 }
 
 impl Ec2 {
@@ -56,6 +62,7 @@ impl Ec2 {
             account_is_known: settings.account.is_some(),
             learnt: OnceLock::new(),
             told_of_default_groups: AtomicBool::new(false),
+            rule_ids: RuleIds::default(),
         })
     }
 
@@ -79,11 +86,10 @@ impl Ec2 {
     }
 
     async fn everything(&self) -> Result<Facts, SourceError> {
-        let (reservations, interfaces, groups, rules, subnets, acls, peerings) = tokio::try_join!(
+        let (reservations, interfaces, (groups, rules), subnets, acls, peerings) = tokio::try_join!(
             self.client.all::<DescribeInstances>(vec![]),
             self.client.all::<DescribeNetworkInterfaces>(vec![]),
-            self.client.all::<DescribeSecurityGroups>(vec![]),
-            self.rules(None),
+            self.groups(None),
             optional(self.client.all::<DescribeSubnets>(vec![])),
             optional(self.client.all::<DescribeNetworkAcls>(vec![])),
             optional(self.client.all::<DescribeVpcPeeringConnections>(vec![])),
@@ -101,9 +107,8 @@ impl Ec2 {
         let in_groups: BTreeSet<String> = live().flat_map(all_groups).map(|id| id.to_string()).collect();
         let interfaces = live().flat_map(|instance| &instance.interfaces);
         let in_subnets: BTreeSet<String> = interfaces.filter_map(|interface| interface.subnet.clone()).collect();
-        let (mut groups, rules, subnets, acls) = tokio::try_join!(
-            self.filtered::<DescribeSecurityGroups>("group-id", &in_groups),
-            self.rules(Some(&in_groups)),
+        let ((mut groups, rules), subnets, acls) = tokio::try_join!(
+            self.groups(Some(&in_groups)),
             optional(self.filtered::<DescribeSubnets>("subnet-id", &in_subnets)),
             optional(self.filtered::<DescribeNetworkAcls>("association.subnet-id", &in_subnets)),
         )?;
@@ -143,15 +148,29 @@ impl Ec2 {
         })
     }
 
-    /// The rules with their ids; `None` where the endpoint can't list them, and the groups' permissions have to do.
-    async fn rules(&self, groups: Option<&BTreeSet<String>>) -> Result<Option<Vec<wire::GroupRule>>, SourceError> {
-        let rules = match groups {
-            None => self.client.all::<DescribeSecurityGroupRules>(vec![]).await,
-            Some(groups) => self.filtered::<DescribeSecurityGroupRules>("group-id", groups).await,
+    /// The groups, and their rules with ids: `None` where the endpoint can't list them, and the groups' permissions
+    /// have to do.
+    async fn groups(
+        &self,
+        ids: Option<&BTreeSet<String>>,
+    ) -> Result<(Vec<wire::SecurityGroup>, Option<Vec<wire::GroupRule>>), SourceError> {
+        let groups = match ids {
+            None => self.client.all::<DescribeSecurityGroups>(vec![]).await?,
+            Some(ids) => self.filtered::<DescribeSecurityGroups>("group-id", ids).await?,
+        };
+        let now = Instant::now();
+        let to_read = self.rule_ids.to_read(&groups, now);
+        let rules = if ids.is_none() && to_read.len() > FILTER_RULES {
+            self.client.all::<DescribeSecurityGroupRules>(vec![]).await
+        } else {
+            self.filtered::<DescribeSecurityGroupRules>("group-id", &to_read).await
         };
         match rules {
-            Err(error) if is_unsupported(&error) => Ok(None),
-            rules => rules.map(Some),
+            Err(error) if is_unsupported(&error) => Ok((groups, None)),
+            rules => {
+                let rules = self.rule_ids.update(&groups, &to_read, rules?, now);
+                Ok((groups, Some(rules)))
+            }
         }
     }
 

@@ -1,5 +1,6 @@
 //! R1: where groups, instances and interfaces come from: an EC2-compatible endpoint, or a file. Owns the calls, the
-//! wire format and what is asked for; makes no policy, watches nothing, and remembers nothing between two reads.
+//! wire format and what is asked for; makes no policy, watches nothing, and remembers nothing between two reads but the
+//! ids of rules.
 
 mod answer;
 mod client;
@@ -9,6 +10,7 @@ mod ec2;
 mod fake;
 mod file;
 mod quirks;
+mod rule_ids;
 mod settings;
 mod wire;
 

@@ -8,7 +8,7 @@ use serde::Deserialize as DeriveDeserialize;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 /// A list: `<set><item/>...</set>` or `[...]`.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct List<T>(pub Vec<T>);
 
 /// A number that may be nonsense: one bad port mustn't take the whole answer with it.
@@ -23,7 +23,7 @@ pub enum Number {
 macro_rules! wire {
     ($($(#[$doc:meta])* $name:ident { $($field:ident : $type:ty = $xml:literal $(| $json:literal)*),+ $(,)? })+) => {$(
         $(#[$doc])*
-        #[derive(DeriveDeserialize, Clone, Debug, Default)]
+        #[derive(DeriveDeserialize, Clone, PartialEq, Eq, Debug, Default)]
         #[serde(default)]
         pub struct $name {
             $(
