@@ -228,13 +228,34 @@ mod tests {
     #[test]
     fn every_option_reads_what_its_help_shows() {
         let cli = Cli::try_parse_from([
-            "sg-agent", "run", "--endpoint-url", "http://127.0.0.1:5000", "--attach", "i-1=veth0,ip=10.0.0.5",
-            "--publish", "i-1:32022=22", "--exempt", "192.0.2.53:53/udp", "--on-revoke", "cut", "--state-dir", "/tmp/x",
+            "sg-agent",
+            "run",
+            "--endpoint-url",
+            "http://127.0.0.1:5000",
+            "--attach",
+            "i-1=veth0,ip=10.0.0.5",
+            "--publish",
+            "i-1:32022=22",
+            "--exempt",
+            "192.0.2.53:53/udp",
+            "--on-revoke",
+            "cut",
+            "--state-dir",
+            "/tmp/x",
         ])
         .unwrap();
         assert_eq!(cli.places.state_dir, PathBuf::from("/tmp/x"));
         let cli = Cli::try_parse_from([
-            "sg-agent", "explain", "--to", "i-1", "--from", "10.0.0.1", "--proto", "icmp", "--icmp-type", "8/0",
+            "sg-agent",
+            "explain",
+            "--to",
+            "i-1",
+            "--from",
+            "10.0.0.1",
+            "--proto",
+            "icmp",
+            "--icmp-type",
+            "8/0",
         ]);
         let Command::Explain(explain) = cli.unwrap().command else { panic!("explain") };
         assert_eq!((explain.proto, explain.icmp_type), (1, Some(8 << 8)));

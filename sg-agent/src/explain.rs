@@ -120,8 +120,7 @@ pub fn explain(snapshot: &Snapshot, query: &Query) -> Result<Explanation, Explai
         Party::Instance(other) => {
             let peer = interface_of(snapshot, other)?;
             let its = address_of(peer.1).ok_or_else(|| ExplainError::NoAddress(other.clone(), [0, 0, 0, 0].into()))?;
-            let ours = address_for(own.1, its)
-                .ok_or_else(|| ExplainError::NoAddress(query.instance.clone(), its))?;
+            let ours = address_for(own.1, its).ok_or_else(|| ExplainError::NoAddress(query.instance.clone(), its))?;
             let own_gate = gate(own, direction, its);
             let peer_gate = gate(peer, direction.reverse(), ours);
             // In the packet's order: the sender's first.
@@ -152,9 +151,11 @@ fn gate(snapshot: &Snapshot, at: (u32, &Enforced), direction: Direction, peer: I
     let rules = rules(snapshot, &interface.policy, direction);
     let vpc = interface.vpc;
     let is_member = |address: IpAddr, group: u32| {
-        snapshot.tables.members.get(&(vpc, address)).is_some_and(|member| {
-            member.groups.iter().take(member.count as usize).any(|&its| its == group)
-        })
+        snapshot
+            .tables
+            .members
+            .get(&(vpc, address))
+            .is_some_and(|member| member.groups.iter().take(member.count as usize).any(|&its| its == group))
     };
     let allowing = oracle::allowing(rules, &is_member, &question);
     let reason = verdict.err().map(|drop| reason(snapshot, enforced, direction, drop));
@@ -202,10 +203,11 @@ fn reason(snapshot: &Snapshot, enforced: &Enforced, direction: Direction, drop: 
 
 /// The rule that lacks least: right traffic from the wrong peer, else the right peer with the nearest traffic.
 fn nearest(rules: &[Allowance], members: &impl oracle::Memberships, question: &Question) -> Option<NearMiss> {
-    let by_traffic = rules.iter().find(|rule| {
-        oracle::covers_traffic(rule.traffic, question) && same_family(&rule.peer, question.peer)
-    });
-    if let Some(rule) = by_traffic.or_else(|| rules.iter().find(|rule| oracle::covers_traffic(rule.traffic, question))) {
+    let by_traffic = rules
+        .iter()
+        .find(|rule| oracle::covers_traffic(rule.traffic, question) && same_family(&rule.peer, question.peer));
+    if let Some(rule) = by_traffic.or_else(|| rules.iter().find(|rule| oracle::covers_traffic(rule.traffic, question)))
+    {
         return Some(NearMiss { rule: RuleText::of(rule), mismatch: "peer".into() });
     }
     rules
@@ -299,8 +301,13 @@ fn sentence(gate: &Gate, question: &Question, has_no_group: bool, rules_allow: b
     let mut text = format!("{what} is denied at {}: {why}", gate.instance);
     match &gate.nearest {
         Some(NearMiss { rule, mismatch }) => {
-            let lack = if mismatch == "peer" { format!("{} is not in it", gate.peer) } else { "that is something else".into() };
-            text += &format!("; nearest is {} of {} ({}, {}), but {lack}", rule.id, rule.group, rule.traffic, rule.peer);
+            let lack = if mismatch == "peer" {
+                format!("{} is not in it", gate.peer)
+            } else {
+                "that is something else".into()
+            };
+            text +=
+                &format!("; nearest is {} of {} ({}, {}), but {lack}", rule.id, rule.group, rule.traffic, rule.peer);
         }
         None if rules_allow => text += "; the groups' rules would allow it",
         None => {}

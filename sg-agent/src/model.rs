@@ -96,7 +96,7 @@ pub struct Inventory {
 }
 
 /// Something in the control plane's answer that can't be enforced as it stands.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize, thiserror::Error)]
 #[error("{subject}: {problem}")]
 pub struct Warning {
     /// What it is about: a rule's, group's or list's id.

@@ -14,7 +14,8 @@ pub fn status(status: &Status) -> String {
     let paint = Paint::of_stdout();
     let mut text = String::new();
     let state = if status.enforced { paint.good("enforced") } else { paint.bad("NOT enforced") };
-    let _ = writeln!(text, "sg-agent {} (pid {}): {state}, generation {}", status.version, status.pid, status.generation);
+    let _ =
+        writeln!(text, "sg-agent {} (pid {}): {state}, generation {}", status.version, status.pid, status.generation);
     for problem in &status.problems {
         let _ = writeln!(text, "  {} {}", paint.bad("problem:"), clean(problem));
     }
@@ -58,7 +59,11 @@ fn interfaces(interfaces: &[InterfaceStatus]) -> String {
             "no_group" => "no group: all allowed".into(),
             _ => format!("{} (epoch {})", interface.policy_number, interface.epoch),
         };
-        let link = if interface.attached { clean(&interface.link) } else { format!("{} (NOT attached)", clean(&interface.link)) };
+        let link = if interface.attached {
+            clean(&interface.link)
+        } else {
+            format!("{} (NOT attached)", clean(&interface.link))
+        };
         let (passed_in, dropped_in) = totals(interface, "ingress");
         let (passed_out, dropped_out) = totals(interface, "egress");
         table.add_row([
@@ -122,7 +127,7 @@ pub fn detached(report: &DetachReport) -> String {
 
 fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic).set_header(header);
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic).set_header(header);
     table
 }
 

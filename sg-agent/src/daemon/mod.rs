@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use self::control::{Reply, Request, ask};
-pub use self::lock::LockError;
+pub use self::lock::{LockError, take as lock};
 use self::poll::{Polled, Poller};
 use self::state::Desk;
 use crate::apply::{Applier, Snapshot};
@@ -97,8 +97,9 @@ pub async fn run(options: Options) -> Result<()> {
     let _lock = lock::take(&options.places.state_dir)?;
     let mark = proxy_mark();
     let config = Config { proxy_mark: mark, ..options.config };
-    let (datapath, maps) = tokio::task::block_in_place(|| Datapath::load(&config, Some(Pins::new(&options.places.bpffs))))
-        .context("the data path cannot be set up")?;
+    let (datapath, maps) =
+        tokio::task::block_in_place(|| Datapath::load(&config, Some(Pins::new(&options.places.bpffs))))
+            .context("the data path cannot be set up")?;
     let applier = Applier::new(datapath, maps, config);
 
     let shutdown = CancellationToken::new();
@@ -358,8 +359,9 @@ impl Daemon {
     fn reconcile(&mut self) {
         let own = self.pollers.own_scope();
         let desired = self.resolver.resolve(&self.world, &own, &self.discovered.attachments);
+        let complete = self.is_complete();
         let applied = tokio::task::block_in_place(|| {
-            let applied = self.applier.apply(&desired);
+            let applied = self.applier.apply(&desired, complete);
             self.applier.collect();
             applied
         });
@@ -379,6 +381,13 @@ impl Daemon {
         let wanted = self.published();
         self.proxy_warnings = self.proxy.reconcile(wanted);
         self.tell();
+    }
+
+    /// Whether every source and every link was read since the start.
+    fn is_complete(&self) -> bool {
+        self.looked_error.is_none()
+            && self.pollers.running.values().all(|poller| poller.last_success().is_some())
+            && self.discovered.attachments.iter().all(|attachment| !self.is_new(&attachment.instance.0))
     }
 
     /// The ports that flags and containers publish.

@@ -109,12 +109,13 @@ impl Client {
         parameters: &Parameters,
         token: Option<&str>,
     ) -> Result<(Vec<C::Item>, Option<String>), SourceError> {
-        let mut form = form_urlencoded::Serializer::new(String::new());
-        form.append_pair("Action", C::ACTION).append_pair("Version", VERSION).extend_pairs(parameters);
-        if let Some(token) = token {
-            form.append_pair("NextToken", token);
-        }
-        let body = form.finish();
+        let token = token.map(|token| ("NextToken", token));
+        let body = form_urlencoded::Serializer::new(String::new())
+            .append_pair("Action", C::ACTION)
+            .append_pair("Version", VERSION)
+            .extend_pairs(parameters)
+            .extend_pairs(token)
+            .finish();
         let mut pause = self.back_off;
         let mut attempt = 0;
         loop {
@@ -189,7 +190,8 @@ impl Client {
         reqwest::Request::try_from(request).map_err(|error| failed(error.to_string()))
     }
 
-    fn url(&self) -> String {
+    /// The endpoint.
+    pub fn url(&self) -> String {
         self.endpoint.to_string()
     }
 }

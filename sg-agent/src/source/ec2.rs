@@ -66,6 +66,11 @@ impl Ec2 {
         })
     }
 
+    /// The endpoint's URL.
+    pub fn endpoint(&self) -> String {
+        self.client.url()
+    }
+
     /// The account and region. Without `account` among the options it is the owner of what the first inventory held,
     /// and until then Moto's default.
     pub fn scope(&self) -> &Scope {
