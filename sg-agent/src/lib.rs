@@ -5,9 +5,11 @@
 pub mod apply;
 pub mod compile;
 pub mod datapath;
+pub mod decide;
 pub mod discovery;
 pub mod exempt;
 pub mod model;
 pub mod oracle;
+pub mod proxy;
 pub mod resolve;
 pub mod tables;
