@@ -26,7 +26,7 @@ pub fn status(status: &Status) -> String {
     text.push('\n');
     text += &interfaces(&status.interfaces);
     if !status.published.is_empty() {
-        let mut table = table(&["HOST PORT", "INSTANCE", "PORT", "ACCEPTED", "REFUSED", "ACTIVE"]);
+        let mut table = table(&["HOST PORT", "INSTANCE", "PORT", "ACCEPTED", "REFUSED", "FAILED", "ACTIVE"]);
         for port in &status.published {
             table.add_row([
                 port.host_port.to_string(),
@@ -34,6 +34,7 @@ pub fn status(status: &Status) -> String {
                 port.port.to_string(),
                 port.accepted.to_string(),
                 port.refused.to_string(),
+                port.failed.to_string(),
                 port.active.to_string(),
             ]);
         }

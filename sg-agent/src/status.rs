@@ -9,7 +9,7 @@ use sg_common::verdict::{Drop, Pass};
 use crate::apply::{Snapshot, Usage};
 use crate::datapath::Maps;
 use crate::model::Warning;
-use crate::proxy::PortStatus;
+use crate::proxy::PortCounters;
 use crate::resolve::{PolicyKey, Spec};
 
 /// How things stand.
@@ -30,7 +30,7 @@ pub struct Status {
     /// What is attached.
     pub interfaces: Vec<InterfaceStatus>,
     /// Published ports.
-    pub published: Vec<PortStatus>,
+    pub published: Vec<PortCounters>,
     /// What the rule maps hold.
     pub usage: Usage,
     /// And could hold.
@@ -114,7 +114,7 @@ impl Status {
         snapshot: &Snapshot,
         maps: &Maps,
         sources: Vec<SourceStatus>,
-        published: Vec<PortStatus>,
+        published: Vec<PortCounters>,
         warnings: BTreeSet<Warning>,
         mut problems: Vec<String>,
     ) -> Self {

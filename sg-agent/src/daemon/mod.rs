@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use sg_common::abi::Config;
+use sg_common::abi::{CUT_ON_REVOKE, Config};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -88,6 +88,9 @@ enum Event {
     Asked(Request, oneshot::Sender<Reply>),
 }
 
+/// How long connections through the proxy may go on after the agent was told to end.
+const GRACE: Duration = Duration::from_secs(2);
+
 /// Runs until a signal ends it.
 ///
 /// # Errors
@@ -107,7 +110,8 @@ pub async fn run(options: Options) -> Result<()> {
     control::serve(options.places.socket(), events.clone(), shutdown.clone())?;
     watch_links(&options.discovery, events.clone(), shutdown.clone());
     let snapshots = watch::Sender::new(applier.snapshot());
-    let proxy = Proxy::new(snapshots.subscribe(), mark);
+    let on_revoke = if config.flags & CUT_ON_REVOKE != 0 { proxy::OnRevoke::Cut } else { proxy::OnRevoke::Aws };
+    let proxy = Proxy::new(snapshots.subscribe(), mark).on_revoke(on_revoke);
     let pollers = Pollers::new(&options, events)?;
     let mut daemon = Daemon {
         resolver: Resolver::new(options.resolve.clone()),
@@ -128,7 +132,7 @@ pub async fn run(options: Options) -> Result<()> {
     };
     tracing::info!(socket = %options.places.socket().display(), "sg-agent {} is up", env!("CARGO_PKG_VERSION"));
     daemon.look().await;
-    daemon.reconcile();
+    daemon.reconcile().await;
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -144,8 +148,7 @@ pub async fn run(options: Options) -> Result<()> {
         }
     }
     shutdown.cancel();
-    daemon.proxy.shutdown().await;
-    drop(daemon);
+    daemon.proxy.shutdown(GRACE).await;
     if options.detach_on_exit {
         let report = Pins::new(&options.places.bpffs).remove_all();
         tracing::info!(links = report.links, "enforcement is off (--detach-on-exit)");
@@ -286,11 +289,11 @@ impl Daemon {
         match event {
             Event::Look => {
                 self.look().await;
-                self.reconcile();
+                self.reconcile().await;
             }
             Event::Polled(polled) => {
                 self.take(polled);
-                self.reconcile();
+                self.reconcile().await;
             }
             Event::Asked(Request::Status, reply) => {
                 let _ = reply.send(Reply::Status(Box::new(self.status())));
@@ -306,7 +309,7 @@ impl Daemon {
                 let asked = Instant::now();
                 self.desk.wait(asked, Duration::from_secs_f64(seconds), reply);
                 self.look().await;
-                self.reconcile();
+                self.reconcile().await;
                 for poller in self.pollers.running.values() {
                     poller.hurry();
                 }
@@ -356,7 +359,7 @@ impl Daemon {
     }
 
     /// From what is known to what is enforced.
-    fn reconcile(&mut self) {
+    async fn reconcile(&mut self) {
         let own = self.pollers.own_scope();
         let desired = self.resolver.resolve(&self.world, &own, &self.discovered.attachments);
         let complete = self.is_complete();
@@ -379,7 +382,7 @@ impl Daemon {
             }
         }
         let wanted = self.published();
-        self.proxy_warnings = self.proxy.reconcile(wanted);
+        self.proxy_warnings = self.proxy.reconcile(wanted).await;
         self.tell();
     }
 
@@ -393,10 +396,12 @@ impl Daemon {
     /// The ports that flags and containers publish.
     fn published(&self) -> Vec<proxy::Published> {
         let by_label = self.discovered.attachments.iter().flat_map(|attachment| {
-            let of = |port: &discovery::PublishSpec| {
-                proxy::PublishSpec::new(attachment.instance.clone(), port.host_port, port.port)
-            };
-            attachment.publish.iter().map(of)
+            attachment.publish.iter().map(|port| proxy::PublishSpec {
+                instance: attachment.instance.clone(),
+                bind: None,
+                host_port: port.host_port,
+                port: port.port,
+            })
         });
         self.flags.iter().cloned().chain(by_label).map(proxy::Published::from).collect()
     }
@@ -455,7 +460,7 @@ impl Daemon {
             &self.applier.snapshot(),
             self.applier.maps(),
             sources,
-            self.proxy.status(),
+            self.proxy.counters(),
             self.warnings(),
             self.problems(),
         )
