@@ -116,7 +116,7 @@ fn compile_rules(rules: &[Allowance], _groups: &GroupSpec) -> Result<Table, Comp
 
 /// Network ACLs: the first entry that matches decides, and what none matches is denied (SG-5.1).
 fn compile_acl(entries: &[AclSpec]) -> Result<Table, CompileError> {
-    tabulate(entries.iter().map(|entry| (entry.traffic, &entry.peers)), |mut shared| match shared.next() {
+    tabulate(entries.iter().map(|entry| (entry.traffic, &entry.peers)), |shared| match shared.next() {
         Some(first) if entries[first].allow => Match::Narrow,
         _ => Match::None,
     })
