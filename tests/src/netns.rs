@@ -63,11 +63,14 @@ pub fn isolated(test: impl FnOnce() + Send) {
     }
 }
 
-/// Makes a veth link in this thread's namespace, as an instance's host-side link is; its index.
+/// A veth link in this thread's namespace, as an instance's host-side link is, made unless it is there; its index.
 ///
 /// # Panics
 /// Where the kernel refuses.
 pub fn link(name: &str) -> u32 {
+    if let Ok(index) = if_nametoindex(name) {
+        return index;
+    }
     // iproute2 inherits the calling thread's namespace.
     let output = Command::new("ip")
         .args(["link", "add", name, "type", "veth", "peer", "name", &format!("{name}-eth0")])
