@@ -22,7 +22,7 @@ use crate::packets::Packet;
 use crate::reference::Reference;
 use crate::text::rules;
 
-pub use world::{ACL, SUBNET_1, SUBNET_2, acl_entry, put_acl, scope};
+pub use world::{ACL, SUBNET_1, SUBNET_2, acl_entry, attachment, eni, put_acl, scope};
 
 /// What `TC_ACT_UNSPEC` and `TC_ACT_SHOT` are to a test run.
 const NEXT: u32 = u32::MAX;
@@ -197,7 +197,11 @@ impl Lab {
     /// Runs one frame through the program of one direction of an instance's link. The verdict is the kernel's, read
     /// from the one counter that moved, by one packet of the frame's length.
     pub fn run(&mut self, host: Host, direction: Direction, frame: &[u8]) -> Verdict {
-        let ifindex = self.ifindex(host);
+        self.run_on(self.ifindex(host), direction, frame)
+    }
+
+    /// The same by the link's index, which need not be an instance's.
+    pub fn run_on(&mut self, ifindex: u32, direction: Direction, frame: &[u8]) -> Verdict {
         let expected = self.reference.run(ifindex, direction, frame, self.mark);
         let returned = self.execute(ifindex, direction, frame);
         let (eni, its_direction, reason) = self.moved(frame.len() as u64);

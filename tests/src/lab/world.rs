@@ -87,7 +87,8 @@ impl Host {
     }
 }
 
-fn eni(host: &Host) -> Eni {
+/// Its interface, as the control plane shows it.
+pub fn eni(host: &Host) -> Eni {
     Eni {
         id: host.eni(),
         instance: Some(instance_id(host)),
@@ -101,7 +102,8 @@ fn eni(host: &Host) -> Eni {
     }
 }
 
-pub(super) fn attachment(host: &Host, ifindex: u32, name: String) -> Attachment {
+/// Its link, as it is discovered.
+pub fn attachment(host: &Host, ifindex: u32, name: String) -> Attachment {
     Attachment {
         instance: instance_id(host),
         account: None,

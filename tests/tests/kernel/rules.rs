@@ -50,7 +50,7 @@ fn ports_are_destination_ports_and_ranges_include_their_ends() {
 }
 
 #[test]
-fn icmp_types_and_codes() {
+pub fn icmp_types_and_codes() {
     isolated(|| {
         let mut lab = Lab::new("in none");
         scene(
