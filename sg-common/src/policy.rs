@@ -118,6 +118,11 @@ pub fn acl_allows<T: Tables>(
     {
         return true;
     }
+    if interface.subnet != 0
+        && tables.member(interface.vpc, query.peer).is_some_and(|member| member.subnet == interface.subnet)
+    {
+        return true;
+    }
     let table = abi::table(acl.policy, direction);
     match tables.policy(table) {
         Some(policy) => find(tables, table, &policy, interface.vpc, query) != Match::None,

@@ -506,6 +506,7 @@ impl Applier {
             mask4,
             subnet6,
             mask6,
+            subnet: interface.subnet_number.unwrap_or(0),
             mac: interface.mac,
             pad: [0; 2],
         })
@@ -573,8 +574,8 @@ fn is_link_local(address: &IpAddr) -> bool {
 
 fn members(desired: &Desired) -> Result<BTreeMap<(u32, IpAddr), abi::Member>, ApplyError> {
     let mut members = BTreeMap::new();
-    for (&(vpc, address), groups) in &desired.members {
-        let member = tables::member(groups).map_err(|groups| ApplyError::Member { address, groups })?;
+    for (&(vpc, address), membership) in &desired.members {
+        let member = tables::member(membership).map_err(|groups| ApplyError::Member { address, groups })?;
         members.insert((vpc, address), member);
     }
     Ok(members)
