@@ -1,2 +1,160 @@
-//! placeholder
-fn main() {}
+//! The executable: parses, does what was asked, and turns the outcome into text and an exit code.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use clap::Parser as _;
+use sg_agent::cli::{Cli, Command, DetachArgs, ExplainArgs, IcmpErrors, NoGroup, OnRevoke, RunArgs, StatusArgs};
+use sg_agent::conntrack_settings::timeouts;
+use sg_agent::daemon::{self, Options, Origins, Places, Reply, Request, ask};
+use sg_agent::datapath::Pins;
+use sg_agent::exempt::Service;
+use sg_agent::source::Ec2Options;
+use sg_agent::{discovery, explain, render, resolve};
+use sg_common::abi::{CUT_ON_REVOKE, Config, RELATED_ERRORS};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    init_log();
+    let places = Places { state_dir: cli.places.state_dir, bpffs: cli.places.bpffs };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("sg-agent: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(async {
+        match cli.command {
+            Command::Run(args) => daemon::run(options(places, *args)?).await.map(|()| ExitCode::SUCCESS),
+            Command::Status(args) => status(&places, &args).await,
+            Command::Explain(args) => explain_packet(&places, args).await,
+            Command::Detach(args) => detach(&places, &args),
+        }
+    });
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("sg-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Logs go to standard error; `RUST_LOG` says how much. Colours only for a terminal, and never with `NO_COLOR`.
+fn init_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(colours)
+        .with_target(false)
+        .init();
+}
+
+fn options(places: Places, args: RunArgs) -> Result<Options> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!("needs root to load eBPF programs and enter network namespaces; run it with sudo");
+    }
+    let origins = match args.rules {
+        Some(file) => Origins::File(file),
+        None => Origins::Endpoint(Ec2Options {
+            endpoint: args.endpoint_url,
+            region: args.region,
+            account: args.account,
+            add_default_self_rule: !args.no_default_self_rule,
+            ..Ec2Options::default()
+        }),
+    };
+    let mut exempt = Service::defaults("/etc/resolv.conf".as_ref());
+    exempt.extend(args.exempt);
+    let cut = if args.on_revoke == OnRevoke::Cut { CUT_ON_REVOKE } else { 0 };
+    let related = if args.icmp_errors == IcmpErrors::Related { RELATED_ERRORS } else { 0 };
+    Ok(Options {
+        places,
+        origins,
+        discovery: discovery::Options { docker: !args.no_docker, attach: args.attach, ..Default::default() },
+        publish: args.publish,
+        poll_interval: args.poll_interval,
+        resolve: resolve::Settings { deny_without_group: args.no_group == NoGroup::Deny, exempt },
+        config: Config {
+            timeouts: timeouts(args.tcp_established_timeout, args.udp_stream_timeout, args.udp_timeout),
+            flags: cut | related,
+            ..Config::default()
+        },
+        log_drops: args.log_drops,
+        detach_on_exit: args.detach_on_exit,
+    })
+}
+
+/// Exit code 0: what is desired is enforced; 1: it isn't.
+async fn status(places: &Places, args: &StatusArgs) -> Result<ExitCode> {
+    let socket = places.socket();
+    if let Some(patience) = args.wait {
+        wait_for(places, patience).await?;
+    }
+    let Reply::Status(status) = ask(&socket, &Request::Status).await? else { bail!("the agent gave no status") };
+    let text = if args.json { serde_json::to_string_pretty(&*status)? } else { render::status(&status) };
+    print(&text)?;
+    Ok(if status.enforced { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The agent may be starting up as well as catching up.
+async fn wait_for(places: &Places, patience: Duration) -> Result<()> {
+    let socket = places.socket();
+    let until = tokio::time::Instant::now() + patience;
+    loop {
+        let left = until.saturating_duration_since(tokio::time::Instant::now());
+        match ask(&socket, &Request::Sync { seconds: left.as_secs_f64() }).await {
+            Ok(_) => return Ok(()),
+            Err(error) if left.is_zero() || socket.exists() => return Err(error),
+            Err(_) => tokio::time::sleep(Duration::from_millis(50).min(left)).await,
+        }
+    }
+}
+
+/// Exit code 0: allowed; 1: denied.
+async fn explain_packet(places: &Places, args: ExplainArgs) -> Result<ExitCode> {
+    let port = match (args.proto, args.port, args.icmp_type) {
+        (6 | 17, Some(port), _) => port,
+        (6 | 17, None, _) => bail!("--port is missing: which port is the packet for?"),
+        (1, _, kind) => kind.unwrap_or(8 << 8),
+        (58, _, kind) => kind.unwrap_or(128 << 8),
+        (_, Some(_), _) => bail!("protocol {} has no ports; leave --port out", args.proto),
+        _ => 0,
+    };
+    let query = explain::Query { instance: args.to, peer: args.from, protocol: args.proto, port, egress: args.egress };
+    let Reply::Explanation(explanation) = ask(&places.socket(), &Request::Explain(query)).await? else {
+        bail!("the agent gave no explanation")
+    };
+    let text = if args.json { serde_json::to_string_pretty(&explanation)? } else { render::explanation(&explanation) };
+    print(&text)?;
+    Ok(if explanation.allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn detach(places: &Places, args: &DetachArgs) -> Result<ExitCode> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!("needs root to take programs off links; run it with sudo");
+    }
+    // A running agent would attach everything again at its next look.
+    let _lock = match daemon::lock(&places.state_dir) {
+        Ok(lock) => lock,
+        Err(error) => bail!("{error} (an agent that runs would attach everything again)"),
+    };
+    let report = Pins::new(&places.bpffs).remove_all();
+    let text = if args.json { serde_json::to_string_pretty(&report)? } else { render::detached(&report) };
+    print(&text)?;
+    Ok(if report.errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A reader that has gone (`| head`) is no error.
+fn print(text: &str) -> Result<()> {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}

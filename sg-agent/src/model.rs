@@ -11,6 +11,14 @@ use std::sync::Arc;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
+mod cidr;
+mod peer;
+mod traffic;
+
+pub use cidr::{CidrError, parse_ipv4, parse_ipv6, parse_network};
+pub use peer::{PeerError, PeerFields};
+pub use traffic::{IcmpField, PortEnd, TrafficError};
+
 macro_rules! ids {
     ($($(#[$doc:meta])* $name:ident),+ $(,)?) => {$(
         $(#[$doc])*
@@ -81,14 +89,14 @@ pub struct Inventory {
     pub subnets: BTreeMap<SubnetId, Subnet>,
     /// Network ACLs.
     pub acls: BTreeMap<AclId, NetworkAcl>,
-    /// Pairs of VPCs with an active peering connection.
+    /// Pairs of VPCs with an active peering connection, the smaller id first.
     pub peerings: BTreeSet<(VpcId, VpcId)>,
     /// What was left out, and why.
     pub warnings: Vec<Warning>,
 }
 
 /// Something in the control plane's answer that can't be enforced as it stands.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize, thiserror::Error)]
 #[error("{subject}: {problem}")]
 pub struct Warning {
     /// What it is about: a rule's, group's or list's id.

@@ -76,7 +76,7 @@ impl Lab {
             flags: RELATED_ERRORS,
             ..Config::default()
         };
-        let (datapath, maps) = Datapath::load(&config, None).expect("programs and maps that the kernel takes");
+        let (datapath, maps) = Datapath::load(&config, None, false).expect("programs and maps that the kernel takes");
         let attachments = INSTANCES
             .iter()
             .map(|host| {
@@ -130,7 +130,7 @@ impl Lab {
 
     fn apply(&mut self) -> Result<(), ApplyError> {
         let desired = self.resolver.resolve(&self.world, &scope(), &self.attachments);
-        let snapshot = self.applier.apply(&desired)?;
+        let snapshot = self.applier.apply(&desired, true)?;
         self.applier.collect();
         for enforced in snapshot.interfaces.values() {
             assert!(enforced.attached, "{}: {:?}", enforced.interface.link, snapshot.warnings);

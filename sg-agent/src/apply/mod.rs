@@ -162,12 +162,22 @@ impl Applier {
         (&mut self.datapath, &mut self.maps)
     }
 
-    /// Brings the kernel to `desired`.
+    /// Brings the kernel to `desired`. Until that is `complete` for the first time (every source was read, every link
+    /// seen), what an earlier agent enforces is left to its programs.
     ///
     /// # Errors
     /// [`ApplyError`]; what was enforced before still is. Links that can't be attached to are no error but a warning
     /// in the snapshot: the others are enforced all the same.
-    pub fn apply(&mut self, desired: &Desired) -> Result<Arc<Snapshot>, ApplyError> {
+    pub fn apply(&mut self, desired: &Desired, complete: bool) -> Result<Arc<Snapshot>, ApplyError> {
+        if complete || self.started {
+            return self.commit(desired, complete);
+        }
+        let mut fresh = desired.clone();
+        fresh.interfaces.retain(|&ifindex, _| !self.is_adopted(ifindex) || self.hooks.contains_key(&ifindex));
+        self.commit(&fresh, false)
+    }
+
+    fn commit(&mut self, desired: &Desired, complete: bool) -> Result<Arc<Snapshot>, ApplyError> {
         let members = members(desired)?;
         check_counts(desired, &members)?;
         let staged = self.stage(desired)?;
@@ -200,7 +210,8 @@ impl Applier {
         for (ifindex, interface) in &mut interfaces {
             interface.attached = self.hooks.contains_key(ifindex);
         }
-        if !self.started {
+        if complete && !self.started {
+            self.unhook_earlier(desired, &mut warnings);
             self.datapath.keep_numbers(&self.maps)?;
             self.started = true;
         }
@@ -235,6 +246,14 @@ impl Applier {
                 }
             }
         }
+    }
+
+    /// Takes expired flows out of the table.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn sweep(&mut self) -> Result<(), DatapathError> {
+        self.datapath.sweep()
     }
 
     /// Replaces the settings that programs read.
@@ -519,32 +538,33 @@ impl Applier {
         }
     }
 
-    /// Takes programs off links that are no instance's any more, an earlier agent's included.
+    /// Takes programs off links that are no instance's any more.
     fn unhook(&mut self, desired: &Desired, warnings: &mut BTreeSet<Warning>) {
         let gone: Vec<u32> =
             self.hooks.keys().filter(|ifindex| !desired.interfaces.contains_key(ifindex)).copied().collect();
-        let mut note = |ifindex: u32, error: std::io::Error| {
-            let problem = format!("cannot take the programs off: {error}");
-            warnings.insert(Warning { subject: format!("link {ifindex}"), problem });
-        };
         for ifindex in gone {
             if let Some(hook) = self.hooks.remove(&ifindex)
                 && let Err(error) = hook.detach()
             {
-                note(ifindex, error);
+                warnings.insert(cannot_detach(ifindex, &error));
             }
         }
-        if self.started {
-            return;
-        }
+    }
+
+    /// The same for what an earlier agent left.
+    fn unhook_earlier(&self, desired: &Desired, warnings: &mut BTreeSet<Warning>) {
         let Some(pins) = self.datapath.pins() else { return };
         let left = pins.attached().unwrap_or_default();
         for ifindex in left.into_iter().filter(|ifindex| !desired.interfaces.contains_key(ifindex)) {
             if let Err(error) = pins.remove_link(ifindex) {
-                note(ifindex, error);
+                warnings.insert(cannot_detach(ifindex, &error));
             }
         }
     }
+}
+
+fn cannot_detach(ifindex: u32, error: &std::io::Error) -> Warning {
+    Warning { subject: format!("link {ifindex}"), problem: format!("cannot take the programs off: {error}") }
 }
 
 fn is_link_local(address: &IpAddr) -> bool {

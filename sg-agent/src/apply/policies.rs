@@ -13,7 +13,7 @@ use crate::compile::{Compiled, PortPrefix, Table};
 use crate::datapath::{DatapathError, Maps, absent_is_fine};
 
 /// What policies take up, in entries.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct Usage {
     /// Compiled policies.
     pub policies: u32,

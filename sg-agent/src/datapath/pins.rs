@@ -47,7 +47,7 @@ impl Pins {
         };
         let links = self.directory.join("links");
         fs::create_dir_all(&links).map_err(fail(&links))?;
-        let current = format!(".v{}", abi::LAYOUT);
+        let current = format!("-v{}", abi::LAYOUT);
         for path in list(&self.directory).map_err(fail(&self.directory))? {
             let is_current = path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(&current));
             if path.is_file() && !is_current {
@@ -57,9 +57,9 @@ impl Pins {
         Ok(self.map("flows").exists())
     }
 
-    /// The file of a map; its name has the layout, so that another one's is never taken for it.
+    /// The file of a map; its name has the layout, so that another one's is never taken for it. (No dot: bpffs refuses it.)
     fn map(&self, name: &str) -> PathBuf {
-        self.directory.join(format!("{name}.v{}", abi::LAYOUT))
+        self.directory.join(format!("{name}-v{}", abi::LAYOUT))
     }
 
     pub(super) fn shared_maps(&self) -> impl Iterator<Item = (&'static str, PathBuf)> + '_ {

@@ -1,0 +1,273 @@
+//! The command line: what each option is called, means and defaults to. Raw arguments only; `main` makes the
+//! daemon's options of them.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::discovery::AttachSpec;
+use crate::exempt::Service;
+use crate::explain::Party;
+use crate::model::InstanceId;
+use crate::proxy::PublishSpec;
+
+/// Makes EC2 security groups real on this machine: reads them from any EC2-compatible API and enforces them in the
+/// kernel, on the veths of the containers that stand for instances.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Where this agent is.
+    #[command(flatten)]
+    pub places: PlaceArgs,
+}
+
+/// Options of every subcommand: which agent is meant.
+#[derive(Debug, Args)]
+pub struct PlaceArgs {
+    /// Directory of the agent's control socket and lock
+    #[arg(long, global = true, value_name = "DIR", default_value = "/run/sg-agent", env = "SG_STATE_DIR")]
+    pub state_dir: PathBuf,
+    /// Directory on bpffs where programs and flows stay when the agent goes
+    #[arg(long, global = true, value_name = "DIR", default_value = "/sys/fs/bpf/sg-agent", env = "SG_BPFFS")]
+    pub bpffs: PathBuf,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the agent: enforce security groups until stopped, and keep them enforced after
+    Run(Box<RunArgs>),
+    /// Show what is enforced: instances, groups, policies, counters, published ports
+    Status(StatusArgs),
+    /// Say whether a packet would pass, by which rule, or which rule comes nearest
+    Explain(ExplainArgs),
+    /// Take all enforcement of this agent away: programs, pins, flows
+    Detach(DetachArgs),
+}
+
+/// `sg-agent run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The EC2 API to read from [env: AWS_ENDPOINT_URL_EC2, AWS_ENDPOINT_URL]
+    #[arg(long, value_name = "URL", conflicts_with = "rules", help_heading = "Rules")]
+    pub endpoint_url: Option<String>,
+    /// The region [env: AWS_REGION, AWS_DEFAULT_REGION; default: the profile's, or us-east-1]
+    #[arg(long, value_name = "REGION", help_heading = "Rules")]
+    pub region: Option<String>,
+    /// The account, where an emulator has several
+    #[arg(long, value_name = "ID", help_heading = "Rules")]
+    pub account: Option<String>,
+    /// Read rules, instances and interfaces from a JSON file as 'aws ec2 describe-*' prints them; read again when it
+    /// changes
+    #[arg(long, value_name = "FILE", help_heading = "Rules")]
+    pub rules: Option<PathBuf>,
+    /// Seconds between two polls of the endpoint
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds, help_heading = "Rules")]
+    pub poll_interval: Duration,
+    /// Don't give an emulator's default groups the rule that AWS's have (all traffic from themselves)
+    #[arg(long, help_heading = "Rules")]
+    pub no_default_self_rule: bool,
+
+    /// Don't look for instances among Docker's containers
+    #[arg(long, help_heading = "Instances")]
+    pub no_docker: bool,
+    /// Enforce on a host-side link that Docker doesn't know: a veth, a VM's tap (repeatable)
+    #[arg(long, value_name = "INSTANCE_ID=LINK[,ip=ADDR][,mac=MAC][,eni=ENI]", help_heading = "Instances")]
+    pub attach: Vec<AttachSpec>,
+    /// Publish an instance's port on the host; the client's own address is checked at each connection (repeatable)
+    #[arg(long, value_name = "INSTANCE_ID:[ADDR:]HOST_PORT=PORT", help_heading = "Instances")]
+    pub publish: Vec<PublishSpec>,
+
+    /// What a revoked rule does to tracked flows: 'aws' lets them end by themselves, 'cut' ends them at once
+    #[arg(long, value_enum, default_value_t = OnRevoke::Aws, help_heading = "Semantics")]
+    pub on_revoke: OnRevoke,
+    /// Whether an instance without a security group may do everything or nothing
+    #[arg(long, value_enum, default_value_t = NoGroup::Allow, help_heading = "Semantics")]
+    pub no_group: NoGroup,
+    /// Whether ICMP errors about tracked flows pass by themselves, or need a rule
+    #[arg(long, value_enum, default_value_t = IcmpErrors::Related, help_heading = "Semantics")]
+    pub icmp_errors: IcmpErrors,
+    /// A service that groups do not filter, beside AWS's own and the gateways' DNS and DHCP (repeatable)
+    #[arg(long, value_name = "ADDR:PORT/PROTOCOL", help_heading = "Semantics")]
+    pub exempt: Vec<Service>,
+    /// Idle seconds after which an established TCP flow is forgotten
+    #[arg(long, value_name = "SECONDS", default_value_t = 432_000, value_parser = clap::value_parser!(u64).range(60..=432_000), help_heading = "Semantics")]
+    pub tcp_established_timeout: u64,
+    /// Idle seconds after which a UDP flow of more than one exchange is forgotten
+    #[arg(long, value_name = "SECONDS", default_value_t = 180, value_parser = clap::value_parser!(u64).range(60..=180), help_heading = "Semantics")]
+    pub udp_stream_timeout: u64,
+    /// Idle seconds after which any other UDP flow is forgotten
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(30..=60), help_heading = "Semantics")]
+    pub udp_timeout: u64,
+
+    /// Log every packet that is dropped, with its reason (slow: for looking into one problem)
+    #[arg(long)]
+    pub log_drops: bool,
+    /// End enforcement when the agent ends
+    #[arg(long)]
+    pub detach_on_exit: bool,
+}
+
+/// SG-3.4.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum OnRevoke {
+    /// As AWS does.
+    Aws,
+    /// As people who test a revoke want it.
+    Cut,
+}
+
+/// SG-2.5.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum NoGroup {
+    /// Everything is allowed, with a warning.
+    Allow,
+    /// Everything is denied.
+    Deny,
+}
+
+/// SG-3.7.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum IcmpErrors {
+    /// They pass.
+    Related,
+    /// A rule has to allow them.
+    Strict,
+}
+
+/// `sg-agent status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Print JSON (a stable interface)
+    #[arg(long)]
+    pub json: bool,
+    /// Read everything anew and wait until it is enforced; fail after so many seconds
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub wait: Option<Duration>,
+}
+
+/// `sg-agent explain`.
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// The instance whose rules are asked
+    #[arg(long, value_name = "INSTANCE")]
+    pub to: InstanceId,
+    /// Where the packet comes from: an address, or another instance, whose egress rules are asked too
+    #[arg(long, value_name = "ADDR|INSTANCE", value_parser = party)]
+    pub from: Party,
+    /// tcp, udp, icmp, icmpv6 or a protocol number
+    #[arg(long, value_name = "PROTOCOL", default_value = "tcp", value_parser = protocol)]
+    pub proto: u8,
+    /// The destination port
+    #[arg(long, value_name = "PORT")]
+    pub port: Option<u16>,
+    /// ICMP's type and code, as 8/0
+    #[arg(long, value_name = "TYPE/CODE", conflicts_with = "port", value_parser = icmp)]
+    pub icmp_type: Option<u16>,
+    /// Turn it round: from the instance of --to, to what --from names
+    #[arg(long)]
+    pub egress: bool,
+    /// Print JSON (a stable interface)
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `sg-agent detach`.
+#[derive(Debug, Args)]
+pub struct DetachArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let error = || format!("'{text}' is not a number of seconds between 0.05 and 86400");
+    let seconds: f64 = text.parse().map_err(|_| error())?;
+    if (0.05..=86_400.0).contains(&seconds) { Ok(Duration::from_secs_f64(seconds)) } else { Err(error()) }
+}
+
+fn party(text: &str) -> Result<Party, String> {
+    if let Ok(address) = text.parse::<IpAddr>() {
+        return Ok(Party::Address(address));
+    }
+    if text.contains(['.', ':', '/']) {
+        return Err(format!("'{text}' is neither an IP address nor an instance id"));
+    }
+    Ok(Party::Instance(text.into()))
+}
+
+fn protocol(text: &str) -> Result<u8, String> {
+    match text {
+        "tcp" => Ok(6),
+        "udp" => Ok(17),
+        "icmp" => Ok(1),
+        "icmpv6" => Ok(58),
+        _ => text.parse().map_err(|_| format!("'{text}' is not tcp, udp, icmp, icmpv6 or a number from 0 to 255")),
+    }
+}
+
+fn icmp(text: &str) -> Result<u16, String> {
+    let error = || format!("'{text}' is not an ICMP type and code such as 8/0");
+    let (kind, code) = text.split_once('/').unwrap_or((text, "0"));
+    let (kind, code): (u8, u8) = (kind.parse().map_err(|_| error())?, code.parse().map_err(|_| error())?);
+    Ok(u16::from_be_bytes([kind, code]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_option_reads_what_its_help_shows() {
+        let cli = Cli::try_parse_from([
+            "sg-agent",
+            "run",
+            "--endpoint-url",
+            "http://127.0.0.1:5000",
+            "--attach",
+            "i-1=veth0,ip=10.0.0.5",
+            "--publish",
+            "i-1:32022=22",
+            "--exempt",
+            "192.0.2.53:53/udp",
+            "--on-revoke",
+            "cut",
+            "--state-dir",
+            "/tmp/x",
+        ])
+        .unwrap();
+        assert_eq!(cli.places.state_dir, PathBuf::from("/tmp/x"));
+        let cli = Cli::try_parse_from([
+            "sg-agent",
+            "explain",
+            "--to",
+            "i-1",
+            "--from",
+            "10.0.0.1",
+            "--proto",
+            "icmp",
+            "--icmp-type",
+            "8/0",
+        ]);
+        let Command::Explain(explain) = cli.unwrap().command else { panic!("explain") };
+        assert_eq!((explain.proto, explain.icmp_type), (1, Some(8 << 8)));
+    }
+
+    #[test]
+    fn values_out_of_aws_ranges_are_refused() {
+        for option in ["--tcp-established-timeout=59", "--udp-stream-timeout=181", "--udp-timeout=29"] {
+            assert!(Cli::try_parse_from(["sg-agent", "run", option]).is_err(), "{option}");
+        }
+    }
+}

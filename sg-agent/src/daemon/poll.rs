@@ -1,0 +1,212 @@
+//! Reading a source again and again: at an interval, when somebody is in a hurry, more slowly while it fails.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::JoinHandle;
+
+use super::{Event, Hint};
+use crate::model::{InstanceId, Inventory, Scope};
+use crate::source::{Ec2, Ec2Options, RulesFile, SourceError, Wanted};
+use crate::status::SourceStatus;
+
+/// The longest time between two polls of a source that fails.
+const LONGEST_PAUSE: Duration = Duration::from_secs(15);
+/// How often a rules file is looked at: reading its metadata costs microseconds.
+const FILE_INTERVAL: Duration = Duration::from_millis(200);
+
+/// One read of a source.
+pub struct Polled {
+    /// Which source.
+    pub hint: Hint,
+    /// When it began: what it says was so at that moment or later.
+    began: Instant,
+    asked_for: BTreeSet<InstanceId>,
+    result: Result<(Scope, Inventory), SourceError>,
+}
+
+/// A task that reads a source, and what came of it.
+pub struct Poller {
+    task: JoinHandle<()>,
+    wanted: watch::Sender<BTreeSet<InstanceId>>,
+    hurry: Arc<Notify>,
+    name: String,
+    scope: Scope,
+    asked_for: BTreeSet<InstanceId>,
+    success: Option<Instant>,
+    error: Option<String>,
+}
+
+impl Drop for Poller {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Poller {
+    /// Polls an EC2-compatible endpoint.
+    ///
+    /// # Errors
+    /// Options that can't be used.
+    pub(super) fn of_endpoint(
+        options: &Ec2Options,
+        hint: Hint,
+        interval: Duration,
+        events: mpsc::Sender<Event>,
+    ) -> Result<Self, SourceError> {
+        let ec2 = Ec2::new(options)?;
+        let (scope, name) = (ec2.scope().clone(), ec2.endpoint().to_owned());
+        let (wanted, mut wishes) = watch::channel(BTreeSet::new());
+        let hurry = Arc::new(Notify::new());
+        let hurried = Arc::clone(&hurry);
+        let task = tokio::spawn(async move {
+            let mut pause = interval;
+            loop {
+                let began = Instant::now();
+                let asked_for = wishes.borrow_and_update().clone();
+                let result = ec2
+                    .inventory(&Wanted { instances: Some(asked_for.clone()) })
+                    .await
+                    .map(|inventory| (ec2.scope().clone(), inventory));
+                pause = if result.is_ok() { interval } else { (pause * 2).min(LONGEST_PAUSE) };
+                let polled = Polled { hint: hint.clone(), began, asked_for, result };
+                if events.send(Event::Polled(polled)).await.is_err() {
+                    return;
+                }
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    () = hurried.notified() => {}
+                    changed = wishes.changed() => if changed.is_err() { return },
+                }
+            }
+        });
+        Ok(Self::new(task, wanted, hurry, name, scope))
+    }
+
+    /// Reads a rules file when it has changed.
+    pub(super) fn of_file(path: PathBuf, hint: Hint, events: mpsc::Sender<Event>) -> Self {
+        let scope = Scope { account: "123456789012".into(), region: "us-east-1".into() };
+        let (wanted, mut wishes) = watch::channel(BTreeSet::new());
+        let hurry = Arc::new(Notify::new());
+        let hurried = Arc::clone(&hurry);
+        let (name, its_scope) = (path.display().to_string(), scope.clone());
+        let task = tokio::spawn(async move {
+            let mut seen = None;
+            loop {
+                let began = Instant::now();
+                // Before the read: a change in the middle of it is seen the next time.
+                let stamp = stamp(&path).await;
+                let asked_for = wishes.borrow_and_update().clone();
+                let result = RulesFile::load(&path).map(|inventory| (its_scope.clone(), inventory));
+                let polled = Polled { hint: hint.clone(), began, asked_for, result };
+                if events.send(Event::Polled(polled)).await.is_err() {
+                    return;
+                }
+                seen = stamp.or(seen);
+                loop {
+                    tokio::select! {
+                        () = tokio::time::sleep(FILE_INTERVAL) => if self::stamp(&path).await != seen { break },
+                        () = hurried.notified() => break,
+                        changed = wishes.changed() => if changed.is_err() { return } else { break },
+                    }
+                }
+            }
+        });
+        Self::new(task, wanted, hurry, name, scope)
+    }
+
+    fn new(
+        task: JoinHandle<()>,
+        wanted: watch::Sender<BTreeSet<InstanceId>>,
+        hurry: Arc<Notify>,
+        name: String,
+        scope: Scope,
+    ) -> Self {
+        Self { task, wanted, hurry, name, scope, asked_for: BTreeSet::new(), success: None, error: None }
+    }
+
+    /// From now on, these instances are asked for; at once, if they are others than before.
+    pub(super) fn want(&self, instances: BTreeSet<InstanceId>) {
+        self.wanted.send_if_modified(|wanted| {
+            let is_new = *wanted != instances;
+            *wanted = instances;
+            is_new
+        });
+    }
+
+    /// Reads now.
+    pub(super) fn hurry(&self) {
+        self.hurry.notify_one();
+    }
+
+    /// Notes how a read went; what it found, if it found anything.
+    pub(super) fn note(&mut self, polled: Polled) -> Option<(Scope, Inventory)> {
+        match polled.result {
+            Ok((scope, inventory)) => {
+                if self.error.take().is_some() {
+                    tracing::info!(source = %self.name, "answers again");
+                }
+                self.scope = scope.clone();
+                self.success = Some(polled.began);
+                self.asked_for = polled.asked_for;
+                Some((scope, inventory))
+            }
+            Err(error) => {
+                let text = chain(&error);
+                if self.error.as_ref() != Some(&text) {
+                    tracing::warn!(source = %self.name, "{text}; the last good policy stands");
+                }
+                self.error = Some(text);
+                None
+            }
+        }
+    }
+
+    /// The account and region that it reads.
+    pub(super) fn scope(&self) -> Scope {
+        self.scope.clone()
+    }
+
+    /// When the last read that succeeded began; `None` if none did.
+    pub(super) fn last_success(&self) -> Option<Instant> {
+        self.success
+    }
+
+    /// Whether a read that succeeded was about this instance.
+    pub(super) fn has_asked_for(&self, instance: &InstanceId) -> bool {
+        self.asked_for.contains(instance)
+    }
+
+    pub(super) fn status(&self) -> SourceStatus {
+        SourceStatus {
+            source: self.name.clone(),
+            account: self.scope.account.to_string(),
+            region: self.scope.region.to_string(),
+            age_seconds: self.success.map(|at| at.elapsed().as_secs_f64()),
+            error: self.error.clone(),
+        }
+    }
+}
+
+/// What changes when a file does, also by renaming another over it.
+async fn stamp(path: &std::path::Path) -> Option<(u64, u64, std::time::SystemTime)> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = tokio::fs::metadata(path).await.ok()?;
+    Some((metadata.ino(), metadata.len(), metadata.modified().ok()?))
+}
+
+fn chain(error: &SourceError) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text += &format!(": {inner_text}");
+        }
+        cause = inner.source();
+    }
+    text
+}

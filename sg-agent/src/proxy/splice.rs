@@ -1,0 +1,210 @@
+//! Bytes between two sockets, both ways, without a visit to userspace: splice(2) into a pipe and out of it.
+//!
+//! What one side does the other sees, as if they were connected: a FIN closes one direction only, a reset both, and a
+//! reader that doesn't read stops the writer. Idle connections hold no pipe.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl};
+use nix::unistd::pipe2;
+use socket2::SockRef;
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::task::coop::consume_budget;
+
+/// Bytes that a pipe is asked to hold: the kernel's own default for `fs.pipe-max-size`. It gives less where its limits
+/// say so (pipe(7), pipe-user-pages-soft).
+const PIPE_BYTES: usize = 1024 * 1024;
+/// Empty pipes that are kept for the next connection that needs one.
+const MOST_IDLE_PIPES: usize = 256;
+/// Fills of a pipe that are saved of what a socket received before it was reset.
+const MOST_FLUSHES: usize = 64;
+
+/// Empty pipes.
+#[derive(Debug, Default)]
+pub struct Pipes(Mutex<Vec<Pipe>>);
+
+impl Pipes {
+    fn take(&self) -> io::Result<Pipe> {
+        let idle = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        idle.map_or_else(Pipe::new, Ok)
+    }
+
+    /// Takes a pipe back; one with bytes in it is closed, since they are another connection's.
+    fn give(&self, pipe: Pipe) {
+        let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if pipe.held == 0 && idle.len() < MOST_IDLE_PIPES {
+            idle.push(pipe);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Pipe {
+    reader: OwnedFd,
+    writer: OwnedFd,
+    capacity: usize,
+    held: usize,
+}
+
+impl Pipe {
+    fn new() -> io::Result<Self> {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        let given = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(PIPE_BYTES as i32))
+            .or_else(|_| fcntl(&writer, FcntlArg::F_GETPIPE_SZ))?;
+        Ok(Self { reader, writer, capacity: given as usize, held: 0 })
+    }
+
+    /// Moves what the socket has into the pipe; 0 is its end. The pipe must be empty: a full one would look like a
+    /// socket that has nothing.
+    fn fill(&mut self, from: &TcpStream) -> io::Result<usize> {
+        debug_assert_eq!(self.held, 0);
+        let moved = from.try_io(Interest::READABLE, || splice(from, &self.writer, self.capacity))?;
+        self.held = moved;
+        Ok(moved)
+    }
+
+    /// Moves what the pipe holds into the socket, as much as that takes.
+    fn drain(&mut self, to: &TcpStream) -> io::Result<usize> {
+        let moved = to.try_io(Interest::WRITABLE, || splice(&self.reader, to, self.held))?;
+        self.held -= moved;
+        Ok(moved)
+    }
+}
+
+fn splice(from: &impl AsFd, to: &impl AsFd, most: usize) -> io::Result<usize> {
+    let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
+    loop {
+        match nix::fcntl::splice(from, None, to, None, most, flags) {
+            Err(nix::Error::EINTR) => {}
+            moved => return Ok(moved?),
+        }
+    }
+}
+
+/// Moves bytes both ways until both directions are closed, and counts them: to `server`, to `client`.
+///
+/// # Errors
+/// What ended the connection otherwise; both sides are then to be reset.
+pub async fn both_ways(
+    client: &TcpStream,
+    server: &TcpStream,
+    pipes: &Pipes,
+    bytes: [&AtomicU64; 2],
+) -> io::Result<()> {
+    for side in [client, server] {
+        side.set_nodelay(true)?;
+        // A peer that vanished without a word is found out some day.
+        SockRef::from(side).set_keepalive(true)?;
+    }
+    let mut there = Half { from: client, to: server, pipes, pipe: None, bytes: bytes[0] };
+    let mut back = Half { from: server, to: client, pipes, pipe: None, bytes: bytes[1] };
+    let ended = tokio::select! {
+        closed = async { tokio::try_join!(there.run(), back.run()) } => closed.map(drop),
+        // A half that waits for one side to read wouldn't notice that the other side is gone.
+        error = failure(client) => Err(error),
+        error = failure(server) => Err(error),
+    };
+    if ended.is_err() {
+        // What was received before the reset is still good: a server that answers without having read everything
+        // resets the connection right behind its answer.
+        there.flush();
+        back.flush();
+    }
+    ended
+}
+
+/// Waits until a socket has failed. The error stays with it, behind the bytes that came before.
+async fn failure(socket: &TcpStream) -> io::Error {
+    match socket.ready(Interest::ERROR).await {
+        Ok(_) => io::ErrorKind::ConnectionReset.into(),
+        Err(error) => error,
+    }
+}
+
+/// One direction.
+struct Half<'a> {
+    from: &'a TcpStream,
+    to: &'a TcpStream,
+    pipes: &'a Pipes,
+    pipe: Option<Pipe>,
+    bytes: &'a AtomicU64,
+}
+
+impl Half<'_> {
+    /// Runs until the source closes, and passes that on.
+    async fn run(&mut self) -> io::Result<()> {
+        let from = self.from;
+        loop {
+            // Ready sockets never wait, and others want to run too.
+            consume_budget().await;
+            match self.pipe()?.fill(from) {
+                Ok(0) => return self.finish(),
+                Ok(_) => self.drain().await?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.release();
+                    from.readable().await?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn drain(&mut self) -> io::Result<()> {
+        let Some(pipe) = &mut self.pipe else { return Ok(()) };
+        while pipe.held > 0 {
+            match pipe.drain(self.to) {
+                Ok(moved) => {
+                    self.bytes.fetch_add(moved as u64, Relaxed);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.to.writable().await?,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves what can be moved without waiting.
+    fn flush(&mut self) {
+        let (from, to) = (self.from, self.to);
+        for _ in 0..MOST_FLUSHES {
+            let Ok(pipe) = self.pipe() else { return };
+            if pipe.held == 0 && !matches!(pipe.fill(from), Ok(1..)) {
+                return;
+            }
+            let Ok(moved) = pipe.drain(to) else { return };
+            self.bytes.fetch_add(moved as u64, Relaxed);
+        }
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.release();
+        match SockRef::from(self.to).shutdown(std::net::Shutdown::Write) {
+            // It is closed already.
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+            done => done,
+        }
+    }
+
+    fn pipe(&mut self) -> io::Result<&mut Pipe> {
+        match &mut self.pipe {
+            Some(pipe) => Ok(pipe),
+            empty => Ok(empty.insert(self.pipes.take()?)),
+        }
+    }
+
+    fn release(&mut self) {
+        if let Some(pipe) = self.pipe.take() {
+            self.pipes.give(pipe);
+        }
+    }
+}
+
+impl Drop for Half<'_> {
+    fn drop(&mut self) {
+        self.release();
+    }
+}

@@ -1,0 +1,174 @@
+//! Answers as text for people. Names that come from elsewhere are escaped, so that none can steer a terminal.
+
+use std::fmt::Write as _;
+use std::io::IsTerminal as _;
+
+use comfy_table::{ContentArrangement, Table, presets};
+
+use crate::datapath::DetachReport;
+use crate::explain::Explanation;
+use crate::status::{Counter, InterfaceStatus, Status};
+
+/// `sg-agent status`.
+pub fn status(status: &Status) -> String {
+    let paint = Paint::of_stdout();
+    let mut text = String::new();
+    let state = if status.enforced { paint.good("enforced") } else { paint.bad("NOT enforced") };
+    let _ =
+        writeln!(text, "sg-agent {} (pid {}): {state}, generation {}", status.version, status.pid, status.generation);
+    for problem in &status.problems {
+        let _ = writeln!(text, "  {} {}", paint.bad("problem:"), clean(problem));
+    }
+    for source in &status.sources {
+        let age = source.age_seconds.map_or("never read".into(), |age| format!("read {age:.1} s ago"));
+        let _ = writeln!(text, "rules from {} ({}/{}), {age}", clean(&source.source), source.account, source.region);
+    }
+    text.push('\n');
+    text += &interfaces(&status.interfaces);
+    if !status.published.is_empty() {
+        let mut table = table(&["HOST PORT", "INSTANCE", "PORT", "ACCEPTED", "REFUSED", "FAILED", "ACTIVE"]);
+        for port in &status.published {
+            table.add_row([
+                port.host_port.to_string(),
+                clean(&port.instance),
+                port.port.to_string(),
+                port.accepted.to_string(),
+                port.refused.to_string(),
+                port.failed.to_string(),
+                port.active.to_string(),
+            ]);
+        }
+        let _ = write!(text, "\n{table}\n");
+    }
+    for warning in &status.warnings {
+        let _ = writeln!(text, "{} {}: {}", paint.warn("warning:"), clean(&warning.subject), clean(&warning.problem));
+    }
+    text.truncate(text.trim_end().len());
+    text
+}
+
+fn interfaces(interfaces: &[InterfaceStatus]) -> String {
+    if interfaces.is_empty() {
+        return "no instance is attached: start a container with the label dev.sg-agent.instance-id=<id>, or use --attach\n"
+            .into();
+    }
+    let mut table =
+        table(&["INSTANCE", "LINK", "ADDRESS", "GROUPS", "RULES IN/OUT", "POLICY", "PASSED IN/OUT", "DROPPED IN/OUT"]);
+    for interface in interfaces {
+        let policy = match interface.policy.as_str() {
+            "unknown" => "unknown: all denied".into(),
+            "no_group" => "no group: all allowed".into(),
+            _ => format!("{} (epoch {})", interface.policy_number, interface.epoch),
+        };
+        let link = if interface.attached {
+            clean(&interface.link)
+        } else {
+            format!("{} (NOT attached)", clean(&interface.link))
+        };
+        let (passed_in, dropped_in) = totals(interface, "ingress");
+        let (passed_out, dropped_out) = totals(interface, "egress");
+        table.add_row([
+            clean(&interface.instance),
+            link,
+            interface.addresses.first().cloned().unwrap_or_default(),
+            interface.groups.iter().map(|group| clean(group)).collect::<Vec<_>>().join("\n"),
+            format!("{}/{}", interface.ingress_rules, interface.egress_rules),
+            policy,
+            format!("{passed_in}/{passed_out}"),
+            format!("{dropped_in}/{dropped_out}"),
+        ]);
+    }
+    let mut text = format!("{table}\n");
+    for interface in interfaces {
+        for (direction, reasons) in &interface.counters {
+            for (reason, Counter { packets, bytes }) in reasons {
+                let instance = clean(&interface.instance);
+                let _ = writeln!(text, "  {instance} {direction} {reason}: {packets} packets, {bytes} bytes");
+            }
+        }
+    }
+    text
+}
+
+/// Packets that passed, and that were dropped.
+fn totals(interface: &InterfaceStatus, direction: &str) -> (u64, u64) {
+    let is_drop = |reason: &str| sg_common::verdict::Drop::ALL.iter().any(|drop| drop.name() == reason);
+    let mut totals = (0, 0);
+    for (reason, count) in interface.counters.get(direction).into_iter().flatten() {
+        if is_drop(reason) {
+            totals.1 += count.packets;
+        } else {
+            totals.0 += count.packets;
+        }
+    }
+    totals
+}
+
+/// `sg-agent explain`.
+pub fn explanation(explanation: &Explanation) -> String {
+    let paint = Paint::of_stdout();
+    let mut text = if explanation.allowed { paint.good("ALLOWED") } else { paint.bad("DENIED") };
+    for gate in &explanation.gates {
+        let _ = write!(text, "\n  {}", clean(&gate.text));
+    }
+    text
+}
+
+/// `sg-agent detach`.
+pub fn detached(report: &DetachReport) -> String {
+    let mut text = match (report.links, report.maps) {
+        (0, 0) => "nothing was attached".to_owned(),
+        (links, maps) => format!("detached: {links} programs taken off links, {maps} maps removed"),
+    };
+    for error in &report.errors {
+        let _ = write!(text, "\nerror: {}", clean(error));
+    }
+    text
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic).set_header(header);
+    table
+}
+
+/// A text without control characters.
+fn clean(text: &str) -> String {
+    text.chars().flat_map(|char| if char.is_control() { char.escape_default().collect() } else { vec![char] }).collect()
+}
+
+/// Colours for terminals, unless NO_COLOR is set.
+struct Paint(bool);
+
+impl Paint {
+    fn of_stdout() -> Self {
+        let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        Self(std::io::stdout().is_terminal() && !no_color)
+    }
+
+    fn paint(&self, code: &str, text: &str) -> String {
+        if self.0 { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+
+    fn good(&self, text: &str) -> String {
+        self.paint("32", text)
+    }
+
+    fn bad(&self, text: &str) -> String {
+        self.paint("31;1", text)
+    }
+
+    fn warn(&self, text: &str) -> String {
+        self.paint("33", text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_cannot_steer_a_terminal() {
+        assert_eq!(clean("a\x1b[2Jb\nc"), "a\\u{1b}[2Jb\\nc");
+    }
+}

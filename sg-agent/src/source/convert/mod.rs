@@ -1,0 +1,147 @@
+//! From what the API prints to the model: the one conversion for endpoints and files. Owns what is left out and the
+//! warning that says so; what a rule's fields mean is the model's.
+
+mod acls;
+mod interfaces;
+mod rules;
+#[cfg(test)]
+mod tests;
+
+pub(super) use interfaces::{groups, is_terminated};
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ipnet::IpNet;
+
+use super::quirks::Quirks;
+use super::wire::{self, Number};
+use crate::model::{GroupId, Inventory, PrefixList, Subnet, VpcId, Warning, parse_ipv4, parse_ipv6, parse_network};
+
+/// Everything that one scope's control plane printed.
+#[derive(Default)]
+pub struct Facts {
+    /// Security groups.
+    pub groups: Vec<wire::SecurityGroup>,
+    /// Their rules with ids; `None` takes the groups' own permissions.
+    pub rules: Option<Vec<wire::GroupRule>>,
+    /// Groups that were read for their existence only.
+    pub bare: BTreeSet<String>,
+    /// Instances; `None` where the source doesn't list them, and the interfaces' attachments have to do.
+    pub reservations: Option<Vec<wire::Reservation>>,
+    /// Interfaces beside those inside the instances.
+    pub interfaces: Vec<wire::NetworkInterface>,
+    /// Interfaces' own groups, where they were asked for.
+    pub own_groups: BTreeMap<String, BTreeSet<GroupId>>,
+    /// Prefix lists with their entries.
+    pub prefix_lists: Vec<wire::PrefixList>,
+    /// Subnets.
+    pub subnets: Vec<wire::Subnet>,
+    /// Network ACLs.
+    pub acls: Vec<wire::NetworkAcl>,
+    /// Peering connections in any state.
+    pub peerings: Vec<wire::Peering>,
+}
+
+impl Facts {
+    /// The model of it all.
+    pub fn inventory(self, quirks: Quirks) -> Inventory {
+        let mut inventory = Inventory::default();
+        let mut warnings = Warnings::default();
+        inventory.prefix_lists = self.prefix_lists.iter().filter_map(|list| prefix_list(list, &mut warnings)).collect();
+        let lists = inventory.prefix_lists.keys().cloned().collect();
+        inventory.groups = rules::groups(self.groups, self.rules, &self.bare, &lists, quirks, &mut warnings);
+        let (instances, enis) =
+            interfaces::instances(self.reservations, self.interfaces, &self.own_groups, &mut warnings);
+        (inventory.instances, inventory.enis) = (instances, enis);
+        inventory.subnets = self.subnets.iter().filter_map(|wire| subnet(wire, &mut warnings)).collect();
+        inventory.acls = self.acls.iter().filter_map(|wire| acls::acl(wire, quirks, &mut warnings)).collect();
+        inventory.peerings = self.peerings.iter().filter_map(peering).collect();
+        inventory.warnings = warnings.0.into_iter().collect();
+        inventory
+    }
+}
+
+/// What was left out; sorted, so that an unchanged answer gives an equal inventory.
+#[derive(Default)]
+struct Warnings(BTreeSet<Warning>);
+
+impl Warnings {
+    fn push(&mut self, subject: impl Into<String>, problem: impl Into<String>) {
+        self.0.insert(Warning { subject: subject.into(), problem: problem.into() });
+    }
+}
+
+fn prefix_list<K: for<'a> From<&'a str>>(list: &wire::PrefixList, warnings: &mut Warnings) -> Option<(K, PrefixList)> {
+    let id = identified(&list.id, "a prefix list", warnings)?;
+    let mut entries: BTreeSet<IpNet> = BTreeSet::new();
+    for entry in list.entries.iter().flatten() {
+        match (list.family.as_deref(), parse_network(&entry.cidr)) {
+            (Some("IPv4"), Ok(IpNet::V6(net))) => {
+                warnings.push(id, format!("entry {net} left out: the list is of IPv4"));
+            }
+            (Some("IPv6"), Ok(IpNet::V4(net))) => {
+                warnings.push(id, format!("entry {net} left out: the list is of IPv6"));
+            }
+            (_, Ok(net)) => {
+                entries.insert(net);
+            }
+            (_, Err(error)) => warnings.push(id, format!("entry left out: {error}")),
+        }
+    }
+    if entries.iter().any(|net| matches!(net, IpNet::V4(_))) && entries.iter().any(|net| matches!(net, IpNet::V6(_))) {
+        // SG-1.8: a list is of one family; which one this was meant to be can't be told.
+        warnings.push(id, "all entries left out: they are of both families, and a list holds one");
+        entries.clear();
+    }
+    let version = match list.version {
+        Some(Number::Int(version)) => version,
+        _ => 0,
+    };
+    Some((id.into(), PrefixList { id: id.into(), version, entries }))
+}
+
+fn subnet<K: for<'a> From<&'a str>>(wire: &wire::Subnet, warnings: &mut Warnings) -> Option<(K, Subnet)> {
+    let id = identified(&wire.id, "a subnet", warnings)?;
+    let ipv4 = text(&wire.ipv4).and_then(|cidr| {
+        parse_ipv4(cidr).map_err(|error| warnings.push(id, format!("its network is left out: {error}"))).ok()
+    });
+    let associated = |block: &&wire::Ipv6Block| {
+        !block.cidr.is_empty() && block.state.as_ref().is_none_or(|state| state.state == "associated")
+    };
+    let ipv6 = wire.ipv6.iter().find(associated).and_then(|block| {
+        parse_ipv6(&block.cidr).map_err(|error| warnings.push(id, format!("its network is left out: {error}"))).ok()
+    });
+    Some((id.into(), Subnet { id: id.into(), vpc: wire.vpc.as_str().into(), ipv4, ipv6 }))
+}
+
+fn peering(wire: &wire::Peering) -> Option<(VpcId, VpcId)> {
+    let (a, b) = (VpcId::from(wire.accepter.id.as_str()), VpcId::from(wire.requester.id.as_str()));
+    let active = wire.status.code == "active" && !wire.accepter.id.is_empty() && !wire.requester.id.is_empty();
+    active.then(|| if a <= b { (a, b) } else { (b, a) })
+}
+
+/// The id, or a warning that there is none.
+fn identified<'a>(id: &'a str, what: &str, warnings: &mut Warnings) -> Option<&'a str> {
+    if id.is_empty() {
+        warnings.push(what, "left out: it has no id");
+    }
+    (!id.is_empty()).then_some(id)
+}
+
+/// An element that is there but empty says as little as one that is missing.
+fn text(field: &Option<String>) -> Option<&str> {
+    field.as_deref().filter(|text| !text.is_empty())
+}
+
+/// A field that isn't an integer.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is not a number")]
+struct NotANumber(String);
+
+fn number(field: &Option<Number>) -> Result<Option<i64>, NotANumber> {
+    match field {
+        None => Ok(None),
+        Some(Number::Int(value)) => Ok(Some(*value)),
+        Some(Number::Bad(text)) => Err(NotANumber(text.clone())),
+    }
+}

@@ -1,0 +1,344 @@
+//! An EC2 endpoint as a source: which calls make an inventory. Owns the order of the calls and what each is filtered
+//! by; polls when it is told to.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use futures_util::future::try_join_all;
+
+use super::answer::{
+    AnswerError, Call, DescribeInstances, DescribeManagedPrefixLists, DescribeNetworkAcls, DescribeNetworkInterfaces,
+    DescribeSecurityGroupRules, DescribeSecurityGroups, DescribeSubnets, DescribeVpcPeeringConnections,
+    GetManagedPrefixListEntries,
+};
+use super::client::{Client, Parameters};
+use super::convert::{self, Facts};
+use super::quirks::{self, Quirks};
+use super::rule_ids::RuleIds;
+use super::settings::{Ec2Options, Settings};
+use super::wire;
+use super::{SourceError, Wanted};
+use crate::model::{GroupId, Inventory, Scope};
+
+/// The values that AWS takes in one filter.
+const FILTER_VALUES: usize = 200;
+
+/// Above so many groups all rules are read, where all groups are: Moto's filter costs more than what it saves.
+const FILTER_RULES: usize = 20;
+
+/// One endpoint, one account and region.
+#[derive(Debug)]
+pub struct Ec2 {
+    client: Client,
+    quirks: Quirks,
+    emulator: bool,
+    assumed: Scope,
+    account_is_known: bool,
+    learnt: OnceLock<Scope>,
+    told_of_default_groups: AtomicBool,
+    rule_ids: RuleIds,
+}
+
+impl Ec2 {
+    /// Takes what the options leave open from the environment. Connects to nothing yet.
+    pub fn new(options: &Ec2Options) -> Result<Self, SourceError> {
+        let settings =
+            Settings::resolve(options, |name| std::env::var(name).ok(), |path| std::fs::read_to_string(path).ok())?;
+        let client = Client::new(&settings)?;
+        let account = settings.account.as_deref().unwrap_or(quirks::DEFAULT_ACCOUNT);
+        Ok(Self {
+            client,
+            quirks: Quirks {
+                default_self_rule: settings.emulator && options.add_default_self_rule,
+                default_acl_ipv6: settings.emulator,
+            },
+            emulator: settings.emulator,
+            assumed: Scope { account: account.into(), region: settings.region.as_str().into() },
+            account_is_known: settings.account.is_some(),
+            learnt: OnceLock::new(),
+            told_of_default_groups: AtomicBool::new(false),
+            rule_ids: RuleIds::default(),
+        })
+    }
+
+    /// The endpoint's URL.
+    pub fn endpoint(&self) -> String {
+        self.client.url()
+    }
+
+    /// The account and region. Without `account` among the options it is the owner of what the first inventory held,
+    /// and until then Moto's default.
+    pub fn scope(&self) -> &Scope {
+        self.learnt.get().unwrap_or(&self.assumed)
+    }
+
+    /// Reads what is wanted. All or nothing: one call that fails fails it.
+    pub async fn inventory(&self, wanted: &Wanted) -> Result<Inventory, SourceError> {
+        let mut facts = match &wanted.instances {
+            None => self.everything().await?,
+            Some(instances) => self.of(instances.iter().map(|id| id.to_string()).collect()).await?,
+        };
+        facts.own_groups = self.own_groups(&facts).await?;
+        self.learn_account(&facts);
+        let inventory = facts.inventory(self.quirks);
+        self.tell_of_default_groups(&inventory);
+        Ok(inventory)
+    }
+
+    async fn everything(&self) -> Result<Facts, SourceError> {
+        let (reservations, interfaces, (groups, rules), subnets, acls, peerings) = tokio::try_join!(
+            self.client.all::<DescribeInstances>(vec![]),
+            self.client.all::<DescribeNetworkInterfaces>(vec![]),
+            self.groups(None),
+            optional(self.client.all::<DescribeSubnets>(vec![])),
+            optional(self.client.all::<DescribeNetworkAcls>(vec![])),
+            optional(self.client.all::<DescribeVpcPeeringConnections>(vec![])),
+        )?;
+        let (_, lists) = references(&groups, rules.as_deref());
+        let prefix_lists = self.prefix_lists(lists).await?;
+        let reservations = Some(reservations);
+        Ok(Facts { groups, rules, reservations, interfaces, prefix_lists, subnets, acls, peerings, ..Facts::default() })
+    }
+
+    /// The wanted instances first, then their groups, then what those refer to: three rounds, whatever else is there.
+    async fn of(&self, instances: BTreeSet<String>) -> Result<Facts, SourceError> {
+        let mut reservations = self.filtered::<DescribeInstances>("instance-id", &instances).await?;
+        let live = || live_instances(&reservations);
+        let in_groups: BTreeSet<String> = live().flat_map(all_groups).map(|id| id.to_string()).collect();
+        let interfaces = live().flat_map(|instance| &instance.interfaces);
+        let in_subnets: BTreeSet<String> = interfaces.filter_map(|interface| interface.subnet.clone()).collect();
+        let ((mut groups, rules), subnets, acls) = tokio::try_join!(
+            self.groups(Some(&in_groups)),
+            optional(self.filtered::<DescribeSubnets>("subnet-id", &in_subnets)),
+            optional(self.filtered::<DescribeNetworkAcls>("association.subnet-id", &in_subnets)),
+        )?;
+
+        let (referred, lists) = references(&groups, rules.as_deref());
+        let unread: BTreeSet<String> = referred.difference(&in_groups).cloned().collect();
+        // Moto's filter on interfaces matches their own groups, the one on instances matches the instance's: members
+        // by either are members.
+        let (others, interfaces, hosts, prefix_lists) = tokio::try_join!(
+            self.filtered::<DescribeSecurityGroups>("group-id", &unread),
+            self.filtered::<DescribeNetworkInterfaces>("group-id", &referred),
+            self.filtered::<DescribeInstances>("instance.group-id", &referred),
+            self.prefix_lists(lists),
+        )?;
+        add_reservations(&mut reservations, hosts);
+        let hosts = unlisted_hosts(&interfaces, &reservations);
+        let (hosts, peerings) = tokio::try_join!(
+            self.filtered::<DescribeInstances>("instance-id", &hosts),
+            self.peerings_between(&groups, &others),
+        )?;
+        add_reservations(&mut reservations, hosts);
+
+        let bare = others.iter().map(|group| group.id.clone()).collect();
+        groups.extend(others);
+        let reservations = Some(reservations);
+        Ok(Facts {
+            groups,
+            rules,
+            bare,
+            reservations,
+            interfaces,
+            prefix_lists,
+            subnets,
+            acls,
+            peerings,
+            ..Facts::default()
+        })
+    }
+
+    /// The groups, and their rules with ids: `None` where the endpoint can't list them, and the groups' permissions
+    /// have to do.
+    async fn groups(
+        &self,
+        ids: Option<&BTreeSet<String>>,
+    ) -> Result<(Vec<wire::SecurityGroup>, Option<Vec<wire::GroupRule>>), SourceError> {
+        let groups = match ids {
+            None => self.client.all::<DescribeSecurityGroups>(vec![]).await?,
+            Some(ids) => self.filtered::<DescribeSecurityGroups>("group-id", ids).await?,
+        };
+        let now = Instant::now();
+        let to_read = self.rule_ids.to_read(&groups, now);
+        let rules = if ids.is_none() && to_read.len() > FILTER_RULES {
+            self.client.all::<DescribeSecurityGroupRules>(vec![]).await
+        } else {
+            self.filtered::<DescribeSecurityGroupRules>("group-id", &to_read).await
+        };
+        match rules {
+            Err(error) if is_unsupported(&error) => Ok((groups, None)),
+            rules => {
+                let rules = self.rule_ids.update(&groups, &to_read, rules?, now);
+                Ok((groups, Some(rules)))
+            }
+        }
+    }
+
+    async fn prefix_lists(&self, ids: BTreeSet<String>) -> Result<Vec<wire::PrefixList>, SourceError> {
+        let lists = optional(self.filtered::<DescribeManagedPrefixLists>("prefix-list-id", &ids)).await?;
+        let with_entries = lists.into_iter().map(|mut list| async move {
+            let id = vec![("PrefixListId".to_owned(), list.id.clone())];
+            list.entries = Some(wire::List(self.client.all::<GetManagedPrefixListEntries>(id).await?));
+            Ok(list)
+        });
+        try_join_all(with_entries).await
+    }
+
+    /// Peering matters only to a reference into another VPC (SG-1.12).
+    async fn peerings_between(
+        &self,
+        groups: &[wire::SecurityGroup],
+        others: &[wire::SecurityGroup],
+    ) -> Result<Vec<wire::Peering>, SourceError> {
+        let vpcs: BTreeSet<&str> = groups.iter().chain(others).map(|group| group.vpc.as_str()).collect();
+        if vpcs.len() < 2 {
+            return Ok(Vec::new());
+        }
+        let active = BTreeSet::from(["active".to_owned()]);
+        optional(self.filtered::<DescribeVpcPeeringConnections>("status-code", &active)).await
+    }
+
+    /// What Moto's union hides (see [`quirks::union_suspects`]): the own groups of secondary interfaces.
+    async fn own_groups(&self, facts: &Facts) -> Result<BTreeMap<String, BTreeSet<GroupId>>, SourceError> {
+        let mut own: BTreeMap<String, BTreeSet<GroupId>> = BTreeMap::new();
+        let mut to_ask = BTreeSet::new();
+        for instance in live_instances(facts.reservations.as_deref().unwrap_or_default()).filter(|_| self.emulator) {
+            let of_instance = convert::groups(&instance.groups);
+            for interface in &instance.interfaces {
+                let index = interface.attachment.as_ref().and_then(|attachment| attachment.device_index.clone());
+                let primary = matches!(index, None | Some(wire::Number::Int(0)));
+                let printed = convert::groups(&interface.groups);
+                if quirks::union_suspects(primary, &of_instance, &printed) {
+                    own.insert(interface.id.clone(), BTreeSet::new());
+                    to_ask.extend(printed);
+                }
+            }
+        }
+        let members = try_join_all(to_ask.iter().map(|group| async move {
+            let only = BTreeSet::from([group.to_string()]);
+            let members = self.filtered::<DescribeNetworkInterfaces>("group-id", &only).await?;
+            Ok::<_, SourceError>((group, members))
+        }));
+        for (group, members) in members.await? {
+            for member in members {
+                if let Some(groups) = own.get_mut(&member.id) {
+                    groups.insert(group.clone());
+                }
+            }
+        }
+        Ok(own)
+    }
+
+    /// One filter, as many calls as its values need; without values there is nothing to ask for.
+    async fn filtered<C: Call>(&self, name: &str, values: &BTreeSet<String>) -> Result<Vec<C::Item>, SourceError> {
+        let values: Vec<&String> = values.iter().collect();
+        let calls = values.chunks(FILTER_VALUES).map(|values| {
+            let mut parameters: Parameters = vec![("Filter.1.Name".to_owned(), name.to_owned())];
+            let numbered = values.iter().zip(1..);
+            parameters.extend(numbered.map(|(value, n): (_, u32)| (format!("Filter.1.Value.{n}"), (*value).clone())));
+            self.client.all::<C>(parameters)
+        });
+        Ok(try_join_all(calls).await?.into_iter().flatten().collect())
+    }
+
+    fn learn_account(&self, facts: &Facts) {
+        if self.account_is_known || self.learnt.get().is_some() {
+            return;
+        }
+        let reservations = facts.reservations.iter().flatten().map(|reservation| &reservation.owner);
+        let owner = reservations.chain(facts.groups.iter().map(|group| &group.owner)).find(|owner| !owner.is_empty());
+        if let Some(owner) = owner {
+            let scope = Scope { account: owner.as_str().into(), region: self.assumed.region.clone() };
+            // Another read may have been first, with the same owner.
+            self.learnt.get_or_init(|| scope);
+        }
+    }
+
+    fn tell_of_default_groups(&self, inventory: &Inventory) {
+        let completed = |group: &&crate::model::SecurityGroup| group.ingress.iter().any(quirks::is_default_self_rule);
+        if let Some(group) = inventory.groups.values().find(completed)
+            && !self.told_of_default_groups.swap(true, Ordering::Relaxed)
+        {
+            tracing::info!(
+                group = %group.id,
+                "default groups without an ingress rule get the self rule that AWS gives them"
+            );
+        }
+    }
+}
+
+/// What an endpoint doesn't implement, it doesn't have.
+async fn optional<T>(call: impl Future<Output = Result<Vec<T>, SourceError>>) -> Result<Vec<T>, SourceError> {
+    match call.await {
+        Err(error) if is_unsupported(&error) => {
+            tracing::debug!(%error, "not implemented there; taken as empty");
+            Ok(Vec::new())
+        }
+        items => items,
+    }
+}
+
+fn is_unsupported(error: &SourceError) -> bool {
+    matches!(error, SourceError::Answer { problem: AnswerError::Refused { code, .. }, .. }
+        if quirks::is_unsupported(code))
+}
+
+/// The groups and prefix lists that rules refer to.
+fn references(
+    groups: &[wire::SecurityGroup],
+    rules: Option<&[wire::GroupRule]>,
+) -> (BTreeSet<String>, BTreeSet<String>) {
+    let (mut referred, mut lists) = (BTreeSet::new(), BTreeSet::new());
+    for rule in rules.unwrap_or_default() {
+        referred.extend(rule.referenced.iter().map(|group| group.id.clone()));
+        lists.extend(rule.prefix_list.clone());
+    }
+    if rules.is_none() {
+        let permissions = groups.iter().flat_map(|group| group.ingress.iter().chain(&group.egress));
+        for permission in permissions {
+            referred.extend(permission.groups.iter().map(|group| group.id.clone()));
+            lists.extend(permission.prefix_lists.iter().map(|list| list.id.clone()));
+        }
+    }
+    // A default group may get a rule that refers to itself.
+    referred.extend(groups.iter().filter(|group| group.name == "default").map(|group| group.id.clone()));
+    referred.remove("");
+    lists.remove("");
+    (referred, lists)
+}
+
+fn live_instances(reservations: &[wire::Reservation]) -> impl Iterator<Item = &wire::Instance> {
+    let instances = reservations.iter().flat_map(|reservation| &reservation.instances);
+    instances.filter(|instance| !convert::is_terminated(&instance.state))
+}
+
+fn all_groups(instance: &wire::Instance) -> BTreeSet<GroupId> {
+    let of_interfaces = instance.interfaces.iter().flat_map(|interface| convert::groups(&interface.groups));
+    convert::groups(&instance.groups).into_iter().chain(of_interfaces).collect()
+}
+
+/// Adds reservations whose instances aren't there yet.
+fn add_reservations(reservations: &mut Vec<wire::Reservation>, more: Vec<wire::Reservation>) {
+    let mut known: BTreeSet<String> = instance_ids(reservations).map(str::to_owned).collect();
+    for mut reservation in more {
+        reservation.instances.0.retain(|instance| known.insert(instance.id.clone()));
+        reservations.push(reservation);
+    }
+}
+
+/// The instances of interfaces of which nothing else is known: they may be terminated.
+fn unlisted_hosts(interfaces: &[wire::NetworkInterface], reservations: &[wire::Reservation]) -> BTreeSet<String> {
+    let known: BTreeSet<&str> = instance_ids(reservations).collect();
+    let hosts = interfaces.iter().filter_map(|interface| interface.attachment.as_ref()?.instance.clone());
+    hosts.filter(|id| !id.is_empty() && !known.contains(id.as_str())).collect()
+}
+
+fn instance_ids(reservations: &[wire::Reservation]) -> impl Iterator<Item = &str> {
+    let instances = reservations.iter().flat_map(|reservation| &reservation.instances);
+    instances.map(|instance| instance.id.as_str())
+}

@@ -1,0 +1,119 @@
+//! Which calls an inventory takes, and that its parts come together.
+
+use super::super::fake::{Fake, Reply, Request};
+use super::super::fixture;
+use super::*;
+use crate::model::{InstanceId, Peer, Traffic};
+
+/// What Moto recorded, whatever is filtered by.
+fn recorded(request: &Request, _: usize) -> Reply {
+    Reply::ok(match request.form["Action"].as_str() {
+        "DescribeInstances" => fixture!("DescribeInstances_multi_eni_eip"),
+        "DescribeNetworkInterfaces" => fixture!("DescribeNetworkInterfaces_multi"),
+        "DescribeSecurityGroups" => fixture!("DescribeSecurityGroups_full"),
+        "DescribeSecurityGroupRules" => fixture!("DescribeSecurityGroupRules"),
+        "DescribeManagedPrefixLists" => fixture!("DescribeManagedPrefixLists"),
+        "GetManagedPrefixListEntries" => fixture!("GetManagedPrefixListEntries"),
+        "DescribeSubnets" => fixture!("DescribeSubnets"),
+        "DescribeNetworkAcls" => fixture!("DescribeNetworkAcls_default"),
+        "DescribeVpcPeeringConnections" => fixture!("DescribeVpcPeeringConnections"),
+        other => panic!("{other} was asked for"),
+    })
+}
+
+fn ec2(fake: &Fake) -> Ec2 {
+    let options = Ec2Options {
+        endpoint: Some(fake.url.clone()),
+        region: Some("us-east-1".into()),
+        account: Some("123456789012".into()),
+        ..Default::default()
+    };
+    Ec2::new(&options).unwrap()
+}
+
+#[tokio::test]
+async fn everything_is_one_call_a_kind() {
+    let fake = Fake::start(recorded).await;
+    let inventory = ec2(&fake).inventory(&Wanted::default()).await.unwrap();
+    assert_eq!(
+        fake.actions(),
+        [
+            "DescribeInstances",
+            "DescribeManagedPrefixLists",
+            "DescribeNetworkAcls",
+            "DescribeNetworkInterfaces",
+            "DescribeSecurityGroupRules",
+            "DescribeSecurityGroups",
+            "DescribeSubnets",
+            "DescribeVpcPeeringConnections",
+            "GetManagedPrefixListEntries",
+        ]
+    );
+    let group = &inventory.groups[&"sg-c4fac25716521a0ec".into()];
+    let of_list = group.ingress.iter().find(|rule| matches!(rule.peer, Peer::PrefixList(_))).unwrap();
+    assert_eq!(of_list.id, "sgr-1d88bc3195fda5685".into());
+    assert_eq!(inventory.prefix_lists[&"pl-b952479453cafcd39".into()].entries.len(), 2);
+    assert_eq!(inventory.instances.keys().collect::<Vec<_>>(), [&InstanceId::from("i-ff1051133a966d34b")]);
+    assert_eq!(inventory.peerings.len(), 1);
+}
+
+#[tokio::test]
+async fn without_rule_ids_the_groups_permissions_are_taken() {
+    let fake = Fake::start(|request, n| match request.form["Action"].as_str() {
+        "DescribeSecurityGroupRules" | "DescribeNetworkAcls" => Reply::error("InvalidAction"),
+        _ => recorded(request, n),
+    })
+    .await;
+    let inventory = ec2(&fake).inventory(&Wanted::default()).await.unwrap();
+    let group = &inventory.groups[&"sg-c4fac25716521a0ec".into()];
+    assert_eq!(group.ingress[0].id, "sg-c4fac25716521a0ec/ingress[0]".into());
+    assert_eq!(group.ingress[0].traffic, Traffic::Tcp { from: 80, to: 90 });
+    assert!(inventory.acls.is_empty());
+}
+
+#[tokio::test]
+async fn one_call_that_fails_fails_the_inventory() {
+    let fake = Fake::start(|request, n| match request.form["Action"].as_str() {
+        "DescribeNetworkAcls" => Reply::error("InternalError"),
+        _ => recorded(request, n),
+    })
+    .await;
+    let error = ec2(&fake).inventory(&Wanted::default()).await.unwrap_err().to_string();
+    assert!(
+        error.starts_with("DescribeNetworkAcls at http://127.0.0.1:") && error.contains("InternalError"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn nobody_wanted_is_nothing_asked() {
+    let fake = Fake::start(recorded).await;
+    let wanted = Wanted { instances: Some(BTreeSet::new()) };
+    assert_eq!(ec2(&fake).inventory(&wanted).await.unwrap(), Inventory::default());
+    assert!(fake.requests().is_empty());
+}
+
+#[tokio::test]
+async fn filters_are_split_at_what_aws_takes() {
+    let fake =
+        Fake::start(|_, _| Reply::ok("<DescribeInstancesResponse><reservationSet/></DescribeInstancesResponse>")).await;
+    let instances: BTreeSet<InstanceId> = (0..401).map(|n| InstanceId::from(format!("i-{n:04}").as_str())).collect();
+    let inventory = ec2(&fake).inventory(&Wanted { instances: Some(instances) }).await.unwrap();
+    assert!(inventory.instances.is_empty());
+    let mut sizes: Vec<usize> = fake.requests().iter().map(|r| r.form.len() - 3).collect();
+    sizes.sort_unstable();
+    assert_eq!(sizes, [1, 200, 200]);
+}
+
+#[tokio::test]
+async fn the_account_is_learnt_from_the_owner() {
+    let fake = Fake::start(|_, _| {
+        Reply::ok("<DescribeInstancesResponse><reservationSet><item><ownerId>000000000007</ownerId><instancesSet/></item></reservationSet></DescribeInstancesResponse>")
+    })
+    .await;
+    let mut ec2 = ec2(&fake);
+    ec2.account_is_known = false;
+    assert_eq!(ec2.scope().to_string(), "123456789012/us-east-1");
+    ec2.inventory(&Wanted { instances: Some(["i-1".into()].into()) }).await.unwrap();
+    assert_eq!(ec2.scope().to_string(), "000000000007/us-east-1");
+}

@@ -1,0 +1,174 @@
+//! R1: where groups, instances and interfaces come from: an EC2-compatible endpoint, or a file. Owns the calls, the
+//! wire format and what is asked for; makes no policy, watches nothing, and remembers nothing between two reads but the
+//! ids of rules.
+
+mod answer;
+mod client;
+mod convert;
+mod ec2;
+#[cfg(test)]
+mod fake;
+mod file;
+mod quirks;
+mod rule_ids;
+mod settings;
+mod wire;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+pub use answer::AnswerError;
+pub use ec2::Ec2;
+pub use file::RulesFile;
+pub use settings::Ec2Options;
+
+use crate::model::InstanceId;
+
+/// What an inventory is to hold.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Wanted {
+    /// These instances, their interfaces' groups with the rules, and the members of the groups that those refer to;
+    /// a group that is only referred to comes without rules. `None` is everything.
+    pub instances: Option<BTreeSet<InstanceId>>,
+}
+
+/// Why there is no inventory; the one before it stays good.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// A setting that can't be used.
+    #[error("{name} is {value:?}, which is no {expected}")]
+    Setting {
+        /// The option or variable.
+        name: &'static str,
+        /// What it says.
+        value: String,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// The HTTP client can't be made.
+    #[error("the HTTP client can't be set up")]
+    Client(#[source] reqwest::Error),
+    /// No credentials, or they can't be used.
+    #[error(
+        "{action} at {url} can't be signed: {reason}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    )]
+    Credentials {
+        /// The call.
+        action: &'static str,
+        /// The endpoint.
+        url: String,
+        /// What the signer says.
+        reason: String,
+    },
+    /// Nothing answers there.
+    #[error("{action}: {url} can't be reached: {reason}; is it running, and is the endpoint URL right?")]
+    Unreachable {
+        /// The call.
+        action: &'static str,
+        /// The endpoint.
+        url: String,
+        /// What the network says.
+        reason: String,
+    },
+    /// The connection broke off in the answer.
+    #[error(
+        "{action} at {url}: the answer broke off after {received} bytes: {reason}; it is tried again with the next read"
+    )]
+    BrokenOff {
+        /// The call.
+        action: &'static str,
+        /// The endpoint.
+        url: String,
+        /// How much came.
+        received: usize,
+        /// What the network says.
+        reason: String,
+    },
+    /// More than an answer may have.
+    #[error(
+        "{action} at {url}: the answer is larger than {limit} bytes; name the instances instead of reading everything"
+    )]
+    TooLarge {
+        /// The call.
+        action: &'static str,
+        /// The endpoint.
+        url: String,
+        /// The limit.
+        limit: usize,
+    },
+    /// Asked too often, and waiting didn't help.
+    #[error("{action} at {url} was throttled {attempts} times in a row ({reason}); poll less often")]
+    Throttled {
+        /// The call.
+        action: &'static str,
+        /// The endpoint.
+        url: String,
+        /// How often it was tried.
+        attempts: u32,
+        /// What the last answer was.
+        reason: String,
+    },
+    /// Something else than the answer came.
+    #[error("{action} at {url}: {problem}; {hint}")]
+    Answer {
+        /// The call.
+        action: &'static str,
+        /// The endpoint.
+        url: String,
+        /// What came.
+        #[source]
+        problem: AnswerError,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// A server that never comes to the last page.
+    #[error("{action} at {url}: the answer's pages don't end: token {token:?} came twice; this is the server's defect")]
+    EndlessPages {
+        /// The call.
+        action: &'static str,
+        /// The endpoint.
+        url: String,
+        /// The token.
+        token: String,
+    },
+    /// A rules file that can't be read.
+    #[error("{path}: {reason}; is the path right?")]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// What the system says.
+        reason: std::io::Error,
+    },
+    /// A rules file that isn't what it should be.
+    #[error("{path}:{line}:{column}: {problem}; expected is what `aws ec2 describe-security-groups` prints")]
+    Json {
+        /// Its path.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The column.
+        column: usize,
+        /// What is wrong there.
+        problem: String,
+    },
+    /// A rules file that says nothing.
+    #[error(
+        "{path} has none of {expected}; put in what `aws ec2 describe-security-groups` and `describe-instances` print"
+    )]
+    EmptyFile {
+        /// Its path.
+        path: PathBuf,
+        /// What it may have.
+        expected: &'static str,
+    },
+}
+
+/// A recorded answer of Moto 5.2.5.
+#[cfg(test)]
+macro_rules! fixture {
+    ($name:literal) => {
+        &include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/source/fixtures/", $name, ".xml"))[..]
+    };
+}
+#[cfg(test)]
+use fixture;
