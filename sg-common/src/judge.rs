@@ -34,6 +34,8 @@ pub trait Memory {
     fn remove_flow(&self, key: &FlowKey);
     /// Remembers a first fragment that passed, and where its header ends.
     fn add_fragment(&self, key: &FragmentKey, header_end: u16);
+    /// Forgets a fragmented packet.
+    fn remove_fragment(&self, key: &FragmentKey);
     /// Where the header of the fragmented packet ends, if its first fragment passed.
     fn fragment(&self, key: &FragmentKey) -> Option<u16>;
 }
@@ -77,11 +79,16 @@ pub fn judge<M: Tables + Memory>(
         acl: maps.binding(interface.acl),
         now: maps.now(),
     };
-    let pass = crossing.track(maps, frame, mark)?;
+    let verdict = crossing.track(maps, frame, mark);
     if packet.part == Part::First {
-        maps.add_fragment(&fragment_key(interface, direction, packet), packet.fragment_offset);
+        let key = fragment_key(interface, direction, packet);
+        match verdict {
+            Ok(_) => maps.add_fragment(&key, packet.fragment_offset),
+            // Identifications come again: the rest is not to follow an earlier packet's first one.
+            Err(_) => maps.remove_fragment(&key),
+        }
     }
-    Ok(pass)
+    verdict
 }
 
 /// A later fragment goes where the first one went (SG-3.8).

@@ -244,6 +244,12 @@ impl Memory for Maps {
     }
 
     #[inline(always)]
+    fn remove_fragment(&self, key: &FragmentKey) {
+        // Most often there is none.
+        let _ = FRAGMENTS.remove(key);
+    }
+
+    #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> Option<u16> {
         // SAFETY: see `interface`; a recycled entry reads as another packet's, whose fragments the receiver discards.
         unsafe { FRAGMENTS.get(key) }.map(|end| *end as u16)

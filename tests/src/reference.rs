@@ -129,6 +129,10 @@ impl Memory for Reference {
         self.fragments.borrow_mut().insert(*key, header_end);
     }
 
+    fn remove_fragment(&self, key: &FragmentKey) {
+        self.fragments.borrow_mut().remove(key);
+    }
+
     fn fragment(&self, key: &FragmentKey) -> Option<u16> {
         self.fragments.borrow().get(key).copied()
     }

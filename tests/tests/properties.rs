@@ -4,6 +4,8 @@
 
 #[path = "properties/generate.rs"]
 mod generate;
+#[path = "properties/sequences.rs"]
+mod sequences;
 
 use std::cell::RefCell;
 use std::net::IpAddr;

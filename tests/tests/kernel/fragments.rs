@@ -30,6 +30,9 @@ pub fn the_first_decides_and_the_rest_follow() {
             assert_eq!(verdicts(&mut lab, &allowed), [NEW, FOLLOWS, FOLLOWS], "SG-3.8");
             let denied = datagram(5001).fragments(id + 2, 1400);
             assert_eq!(verdicts(&mut lab, &denied), [NO_RULE, ORPHAN, ORPHAN], "SG-3.8");
+            let denied = datagram(5001).fragments(id + 1, 1400);
+            assert_eq!(verdicts(&mut lab, &denied), [NO_RULE, ORPHAN, ORPHAN], "SG-3.8: an identification used again");
+            assert_eq!(verdicts(&mut lab, &allowed)[0], Ok(Pass::Established), "SG-3.8");
             // Another packet's id, another source, another protocol.
             let [_, middle, last] = datagram(5000).fragments(id + 3, 1400).try_into().expect("three fragments");
             assert_eq!(verdicts(&mut lab, &[middle, last]), [ORPHAN, ORPHAN], "SG-3.8: a rest without a first");

@@ -243,3 +243,24 @@ pub fn neighbours_cut_short() {
         }
     });
 }
+
+#[test]
+pub fn offloaded_packets_past_64_kib() {
+    isolated(|| {
+        let lab = Lab::new("in tcp22, out none");
+        let index = lab.ifindex(B);
+        for (packet, at) in [(tcp(X, B), 16), (tcp(X, B).v6(X, B), 18)] {
+            let big = |port| {
+                let mut frame = packet.clone().ports(40000, port).syn().frame();
+                frame[at..at + 2].fill(0);
+                frame.resize(100_000, 0);
+                frame
+            };
+            // Longer than any test run's frame.
+            let reference = lab.reference();
+            assert_eq!(reference.run(index, Direction::Ingress, &big(22), 0), Ok(Pass::New), "BIG TCP: {packet:?}");
+            assert_eq!(reference.run(index, Direction::Ingress, &big(23), 0), NO_RULE, "BIG TCP: {packet:?}");
+            assert_eq!(reference.run(index, Direction::Ingress, &big(22)[..60_000], 0), MALFORMED, "{packet:?}");
+        }
+    });
+}
