@@ -73,7 +73,8 @@ pub struct Interface {
     /// [`SOURCE_DEST_CHECK`].
     pub flags: u32,
     /// The epoch of the policy under which the flow table of this interface began: until it changes, a TCP packet
-    /// in the middle of an unknown flow may be picked up (SG-3.9), after that it could be a revoked one (SG-3.4).
+    /// in the middle of an unknown flow may be picked up (SG-3.9), after that it could be a revoked one (SG-3.4). 0,
+    /// which is no epoch, once its groups were swapped or anybody left a group.
     pub born: u32,
     /// Its primary IPv4 address, or unspecified.
     pub ipv4: Address,

@@ -154,8 +154,16 @@ impl Crossing<'_> {
                     return verdict;
                 }
             }
-            None if self.is_related(maps, frame) => return Ok(Pass::Related),
-            _ => {}
+            Some(_) => {}
+            None => {
+                if let Some(is_unfiltered) = self.related(maps, frame) {
+                    // Groups have states, network ACLs haven't (SG-5.1).
+                    if !is_unfiltered {
+                        self.by_acl(maps)?;
+                    }
+                    return Ok(Pass::Related);
+                }
+            }
         }
         let admission = self.admit(maps, mark)?;
         match &key {
@@ -218,19 +226,20 @@ impl Crossing<'_> {
         }
     }
 
-    /// Whether an ICMP error quotes a tracked flow of this interface, and goes to the side that sent the quoted packet
-    /// (SG-3.7).
+    /// Where an ICMP error quotes a tracked flow of this interface, and goes to the side that sent the quoted packet
+    /// (SG-3.7): whether nothing filters that flow.
     #[inline(always)]
-    fn is_related<M: Tables + Memory>(&self, maps: &M, frame: &impl Frame) -> bool {
+    fn related<M: Tables + Memory>(&self, maps: &M, frame: &impl Frame) -> Option<bool> {
         if self.config.flags & abi::RELATED_ERRORS == 0 || !is_icmp_error(self.packet) {
-            return false;
+            return None;
         }
-        let Ok(quote) = packet::quoted(frame, self.packet) else { return false };
+        let quote = packet::quoted(frame, self.packet).ok()?;
         if quote.source != self.packet.destination {
-            return false;
+            return None;
         }
-        let Some(key) = FlowKey::of(self.interface.eni, self.direction.reverse(), &quote) else { return false };
-        maps.flow(&key).is_some_and(|flow| !flow.is_expired(self.config, self.now))
+        let key = FlowKey::of(self.interface.eni, self.direction.reverse(), &quote)?;
+        let flow = maps.flow(&key)?;
+        if flow.is_expired(self.config, self.now) { None } else { Some(flow.flags & UNFILTERED != 0) }
     }
 
     /// A packet without a flow: what neither groups nor ACLs filter, and what both allow. On the way in the ACL comes
@@ -245,23 +254,25 @@ impl Crossing<'_> {
                 self.by_acl(tables)?;
                 self.by_rules(tables)
             }
-            Direction::Egress => match self.by_rules(tables) {
-                Ok(admission) => match self.by_acl(tables) {
-                    Ok(()) => Ok(admission),
-                    Err(drop) => self.exempt_or(tables, drop),
-                },
-                Err(drop) => self.exempt_or(tables, drop),
-            },
+            Direction::Egress => {
+                let admission = self.by_rules(tables).and_then(|allowed| self.by_acl(tables).map(|()| allowed));
+                match admission {
+                    // Its answer is judged by the same rules and by no ACL, so it need not be known as exempt.
+                    Ok(Admission { keep: Keep::Nothing, .. }) if self.interface.acl == 0 => admission,
+                    _ => self.exempt_or(tables, admission),
+                }
+            }
         }
     }
 
-    /// Services that nothing filters (SG-4.1) are reached from the instance; their answers belong to that flow.
+    /// Services that nothing filters (SG-4.1) are reached from the instance; their answers belong to that flow. What
+    /// rules allow is exempt all the same: the answer has the ACL before it, and the flow a revoke or a full table.
     #[inline(always)]
-    fn exempt_or<T: Tables>(&self, tables: &T, drop: Drop) -> Result<Admission, Drop> {
+    fn exempt_or<T: Tables>(&self, tables: &T, admission: Result<Admission, Drop>) -> Result<Admission, Drop> {
         let packet = self.packet;
         let is_exempt =
             tables.is_exempt(self.interface.vpc, &packet.destination, packet.protocol, packet.destination_port);
-        if is_exempt { Ok(Admission { pass: Pass::Exempt, keep: Keep::Unfiltered }) } else { Err(drop) }
+        if is_exempt { Ok(Admission { pass: Pass::Exempt, keep: Keep::Unfiltered }) } else { admission }
     }
 
     #[inline(always)]
@@ -337,7 +348,13 @@ impl Crossing<'_> {
     #[inline(always)]
     fn keep<M: Tables + Memory>(&self, maps: &M, key: &FlowKey, admission: &Admission) -> Verdict {
         let (origin, flags) = match admission.keep {
-            Keep::Nothing => return Ok(admission.pass),
+            Keep::Nothing => {
+                // Tracked packets go by their flow: an earlier connection's would outlive this one's rule (SG-3.4).
+                if admission.pass == Pass::Untracked && self.packet.is_initial_syn() {
+                    maps.remove_flow(key);
+                }
+                return Ok(admission.pass);
+            }
             Keep::From(origin) => (origin, self.acl_asked()),
             Keep::Unfiltered => (self.direction, UNFILTERED),
         };

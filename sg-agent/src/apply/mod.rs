@@ -188,6 +188,12 @@ impl Applier {
             self.unhooked(desired).partition(|&(ifindex, _)| !self.is_adopted(ifindex));
         self.hook(&fresh, &mut warnings);
 
+        if loses_members(&self.snapshot.tables.members, &members)
+            && let Err(error) = self.end_births()
+        {
+            self.unstage(&staged);
+            return Err(error);
+        }
         let mut tables = self.snapshot.tables.clone();
         let written = self.write_members(&members, &mut tables).and_then(|()| self.write_exempt(desired, &mut tables));
         if let Err(error) = written {
@@ -360,6 +366,21 @@ impl Applier {
         Ok(())
     }
 
+    /// From here on a flow in the middle may be one that leaving a group revoked, so none is picked up
+    /// ([`abi::Interface::born`]). Before the members change, or one could slip in between.
+    fn end_births(&mut self) -> Result<(), ApplyError> {
+        let snapshot = Arc::make_mut(&mut self.snapshot);
+        for (ifindex, interface) in &mut snapshot.interfaces {
+            if interface.entry.born != 0 {
+                let entry = abi::Interface { born: 0, ..interface.entry };
+                let failed = |error| DatapathError::Write { map: "INTERFACES", error };
+                self.maps.interfaces.insert(ifindex, entry, 0).map_err(failed)?;
+                interface.entry = entry;
+            }
+        }
+        Ok(())
+    }
+
     /// Tells programs that flows judged by members or own addresses are to be looked at again.
     fn announce(&mut self) -> Result<(), ApplyError> {
         self.set_config(|config| config.world = config.world.wrapping_add(1))
@@ -439,8 +460,10 @@ impl Applier {
         let earlier = self.datapath.earlier().and_then(|earlier| earlier.interfaces.get(&ifindex).copied());
         let (eni, born) = match known.or(earlier.filter(|_| !self.started)) {
             Some(entry) if entry.mac == interface.mac => {
-                // Flows that an earlier agent tracked had policies that this one can't know: nothing is picked up.
-                (entry.eni, if known.is_some() { entry.born } else { 0 })
+                // Flows that an earlier agent tracked had policies that this one can't know, and a swap of groups may
+                // lead back to the same policy: nothing is picked up.
+                let is_same = known.is_some() && entry.groups == groups;
+                (entry.eni, if is_same { entry.born } else { 0 })
             }
             _ => {
                 let number = self.enis.take();
@@ -547,6 +570,12 @@ fn members(desired: &Desired) -> Result<BTreeMap<(u32, IpAddr), abi::Member>, Ap
         members.insert((vpc, address), member);
     }
     Ok(members)
+}
+
+/// Whether an address is in fewer groups than before.
+fn loses_members(old: &BTreeMap<(u32, IpAddr), abi::Member>, new: &BTreeMap<(u32, IpAddr), abi::Member>) -> bool {
+    let groups = |member: &abi::Member| member.groups.into_iter().take(member.count as usize).collect::<BTreeSet<_>>();
+    old.iter().any(|(place, old)| new.get(place).is_none_or(|new| new != old && !groups(old).is_subset(&groups(new))))
 }
 
 fn check_counts(desired: &Desired, members: &BTreeMap<(u32, IpAddr), abi::Member>) -> Result<(), ApplyError> {
