@@ -3,7 +3,8 @@
 
 mod world;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
 
 use aya::{TestRun, TestRunOptions};
 use sg_agent::apply::{Applier, ApplyError};
@@ -22,7 +23,7 @@ use crate::packets::Packet;
 use crate::reference::Reference;
 use crate::text::rules;
 
-pub use world::{ACL, SUBNET_1, SUBNET_2, acl_entry, attachment, eni, put_acl, scope};
+pub use world::{ACL, SUBNET_1, SUBNET_2, acl_entry, attachment, eni, inventory, put_acl, scope};
 
 /// What `TC_ACT_UNSPEC` and `TC_ACT_SHOT` are to a test run.
 const NEXT: u32 = u32::MAX;
@@ -137,7 +138,8 @@ impl Lab {
         self.config = snapshot.tables.config;
         self.reference.config = self.config;
         self.reference.tables = snapshot.tables.clone();
-        self.reference.interfaces = snapshot.interfaces.iter().map(|(&link, enforced)| (link, enforced.entry)).collect();
+        self.reference.interfaces =
+            snapshot.interfaces.iter().map(|(&link, enforced)| (link, enforced.entry)).collect();
         self.reference.secondaries = snapshot
             .interfaces
             .values()
@@ -203,6 +205,9 @@ impl Lab {
     /// The same by the link's index, which need not be an instance's.
     pub fn run_on(&mut self, ifindex: u32, direction: Direction, frame: &[u8]) -> Verdict {
         let expected = self.reference.run(ifindex, direction, frame, self.mark);
+        if !is_taken(frame) {
+            return expected;
+        }
         let returned = self.execute(ifindex, direction, frame);
         let (eni, its_direction, reason) = self.moved(frame.len() as u64);
         let verdict = verdict(reason);
@@ -239,7 +244,11 @@ impl Lab {
             .collect();
         let [(key, count)] = moved.as_slice() else { panic!("not one counter moved, but {moved:?}") };
         let before = self.counters.get(key).copied().unwrap_or_default();
-        assert_eq!((count.packets - before.packets, count.bytes - before.bytes), (1, bytes), "one packet is one packet");
+        assert_eq!(
+            (count.packets - before.packets, count.bytes - before.bytes),
+            (1, bytes),
+            "one packet is one packet"
+        );
         let key = *key;
         self.counters = counters;
         key
@@ -250,6 +259,22 @@ impl Lab {
         let name = format!("sgt-{}", host.name.to_lowercase());
         let found = self.attachments.iter().find(|attachment| attachment.link.name == name);
         found.unwrap_or_else(|| panic!("{} has no link here", host.name)).link.ifindex
+    }
+
+    /// Who is in which group, by the groups' numbers, as the control plane and the discovery have it.
+    pub fn memberships(&mut self) -> BTreeSet<(IpAddr, u32)> {
+        let inventory = &self.world[&scope()];
+        let mut memberships = BTreeSet::new();
+        for eni in inventory.enis.values() {
+            let attached =
+                self.attachments.iter().filter(|attachment| Some(&attachment.instance) == eni.instance.as_ref());
+            let addresses = eni.addresses.iter().chain(attached.flat_map(|attachment| &attachment.addresses));
+            for (&address, group) in addresses.flat_map(|address| eni.groups.iter().map(move |group| (address, group)))
+            {
+                memberships.insert((address, self.resolver.group_number(&scope(), group)));
+            }
+        }
+        memberships
     }
 
     /// The applier, for what packets don't show.
@@ -263,6 +288,15 @@ impl Lab {
     }
 }
 
+/// Whether the kernel runs a program on such a frame: it refuses those without a whole IP header where the ethertype
+/// promises one, and those with nothing behind the Ethernet header (bpf_prog_test_run_skb). In memory all of them run.
+fn is_taken(frame: &[u8]) -> bool {
+    match frame {
+        [_, _, _, _, _, _, _, _, _, _, _, _, 0x08, 0x00, ip @ ..] => ip.len() >= 20,
+        [_, _, _, _, _, _, _, _, _, _, _, _, 0x86, 0xdd, ip @ ..] => ip.len() >= 40,
+        frame => frame.len() > 14,
+    }
+}
 
 fn verdict(reason: u8) -> Verdict {
     let verdict = match (Pass::from_number(reason), Drop::from_number(reason)) {

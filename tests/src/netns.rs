@@ -79,3 +79,20 @@ pub fn link(name: &str) -> u32 {
     assert!(output.status.success(), "ip link add {name}: {}", String::from_utf8_lossy(&output.stderr));
     if_nametoindex(name).expect("the link that was just made")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_is_in_its_own_namespace_only() {
+        isolated(|| {
+            let index = link("sgt-own");
+            assert_eq!(link("sgt-own"), index, "made once");
+            thread::scope(|scope| {
+                scope.spawn(|| isolated(|| assert!(if_nametoindex("sgt-own").is_err())));
+            });
+        });
+        assert!(if_nametoindex("sgt-own").is_err(), "it went with its namespace, or never left it");
+    }
+}

@@ -37,7 +37,8 @@ pub(super) fn exempt() -> Vec<Service> {
     services
 }
 
-pub(super) fn inventory() -> Inventory {
+/// What the control plane says at first: `sgA`, `sgB` and `sgC` let everything out and nothing in.
+pub fn inventory() -> Inventory {
     let mut inventory = Inventory::default();
     for name in ["sgA", "sgB", "sgC"] {
         let rules = rules("in none");
@@ -51,8 +52,7 @@ pub(super) fn inventory() -> Inventory {
         };
         inventory.groups.insert(group.id.clone(), group);
     }
-    for (id, ipv4, ipv6) in
-        [(SUBNET_1, "10.0.1.0/24", "2001:db8:1::/64"), (SUBNET_2, "10.0.2.0/24", "2001:db8:2::/64")]
+    for (id, ipv4, ipv6) in [(SUBNET_1, "10.0.1.0/24", "2001:db8:1::/64"), (SUBNET_2, "10.0.2.0/24", "2001:db8:2::/64")]
     {
         let subnet = Subnet {
             id: SubnetId::from(id),

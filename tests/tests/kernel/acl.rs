@@ -48,23 +48,31 @@ pub fn the_lowest_number_decides() {
             acl_entry(130, true, Traffic::Other { number: 47 }, "0.0.0.0/0"),
         ];
         let mut lab = lab("in all", deny_first, all());
-        run(&mut lab, "SG-5.1", vec![
-            arrives(tcp(C, B).syn(), ACL),
-            arrives(tcp(X, B).syn(), Ok(Pass::Untracked)),
-            arrives(tcp(X, B).ports(40000, 23).syn(), ACL),
-            arrives(icmp(X, B, 8, 0), NEW),
-            arrives(icmp(X, B, 13, 0), ACL),
-            arrives(other(X, B, 47), NEW),
-            arrives(other(X, B, 50), ACL),
-            arrives(tcp(X, B).v6(X, B).syn(), ACL),
-        ]);
+        run(
+            &mut lab,
+            "SG-5.1",
+            vec![
+                arrives(tcp(C, B).syn(), ACL),
+                arrives(tcp(X, B).syn(), Ok(Pass::Untracked)),
+                arrives(tcp(X, B).ports(40000, 23).syn(), ACL),
+                arrives(icmp(X, B, 8, 0), NEW),
+                arrives(icmp(X, B, 13, 0), ACL),
+                arrives(other(X, B, 47), NEW),
+                arrives(other(X, B, 50), ACL),
+                arrives(tcp(X, B).v6(X, B).syn(), ACL),
+            ],
+        );
         let allow_first = vec![acl_entry(90, true, SSH, "10.0.2.30/32"), acl_entry(100, false, SSH, "10.0.2.0/24")];
         lab.edit(|inventory| put_acl(inventory, SUBNET_1, allow_first, all()));
-        run(&mut lab, "SG-5.1", vec![
-            arrives(tcp(C, B).syn(), Ok(Pass::Untracked)),
-            arrives(tcp(C, B).from_address("10.0.2.31").syn(), ACL),
-            arrives(tcp(X, B).syn(), ACL),
-        ]);
+        run(
+            &mut lab,
+            "SG-5.1",
+            vec![
+                arrives(tcp(C, B).syn(), Ok(Pass::Untracked)),
+                arrives(tcp(C, B).from_address("10.0.2.31").syn(), ACL),
+                arrives(tcp(X, B).syn(), ACL),
+            ],
+        );
     });
 }
 
@@ -74,17 +82,19 @@ pub fn it_is_stateless_also_for_tracked_flows() {
         let egress = vec![acl_entry(100, true, SSH, "0.0.0.0/0")];
         let ephemeral = Traffic::Tcp { from: 32768, to: 65535 };
         let mut lab = lab("in none", Vec::new(), egress.clone());
-        run(&mut lab, "SG-5.1: what comes back needs its own entry", vec![
-            leaves(tcp(B, X).syn(), NEW),
-            arrives(tcp(B, X).syn_ack().reply(), ACL),
-        ]);
+        run(
+            &mut lab,
+            "SG-5.1: what comes back needs its own entry",
+            vec![leaves(tcp(B, X).syn(), NEW), arrives(tcp(B, X).syn_ack().reply(), ACL)],
+        );
         lab.edit(|inventory| {
             put_acl(inventory, SUBNET_1, vec![acl_entry(100, true, ephemeral, "0.0.0.0/0")], egress);
         });
-        run(&mut lab, "SG-5.1", vec![
-            arrives(tcp(B, X).syn_ack().reply(), ESTABLISHED),
-            leaves(tcp(B, X).ack(), ESTABLISHED),
-        ]);
+        run(
+            &mut lab,
+            "SG-5.1",
+            vec![arrives(tcp(B, X).syn_ack().reply(), ESTABLISHED), leaves(tcp(B, X).ack(), ESTABLISHED)],
+        );
     });
 }
 
@@ -92,12 +102,7 @@ pub fn it_is_stateless_also_for_tracked_flows() {
 pub fn a_deny_cuts_tracked_flows() {
     isolated(|| {
         let mut lab = lab("in tcp22 C/32", all(), all());
-        let established = || {
-            vec![
-                arrives(tcp(C, B).ack(), ESTABLISHED),
-                leaves(tcp(C, B).ack().reply(), ESTABLISHED),
-            ]
-        };
+        let established = || vec![arrives(tcp(C, B).ack(), ESTABLISHED), leaves(tcp(C, B).ack().reply(), ESTABLISHED)];
         run(&mut lab, "SG-3.1", vec![arrives(tcp(C, B).syn(), NEW)]);
         run(&mut lab, "SG-3.1", established());
         let deny = || {
@@ -106,12 +111,16 @@ pub fn a_deny_cuts_tracked_flows() {
             entries
         };
         lab.edit(|inventory| put_acl(inventory, SUBNET_1, deny(), all()));
-        run(&mut lab, "SG-3.4: a deny cuts, in its direction", vec![
-            arrives(tcp(C, B).ack(), ACL),
-            arrives(tcp(C, B).ack(), ACL),
-            leaves(tcp(C, B).ack().reply(), ESTABLISHED),
-            arrives(tcp(C, B).ack(), ACL),
-        ]);
+        run(
+            &mut lab,
+            "SG-3.4: a deny cuts, in its direction",
+            vec![
+                arrives(tcp(C, B).ack(), ACL),
+                arrives(tcp(C, B).ack(), ACL),
+                leaves(tcp(C, B).ack().reply(), ESTABLISHED),
+                arrives(tcp(C, B).ack(), ACL),
+            ],
+        );
         lab.edit(|inventory| put_acl(inventory, SUBNET_1, all(), all()));
         run(&mut lab, "SG-3.4: and no longer than it stands", established());
     });
@@ -123,7 +132,11 @@ pub fn icmp_errors_about_tracked_flows_need_its_leave() {
         let tcp_only = vec![acl_entry(100, true, Traffic::Tcp { from: 0, to: u16::MAX }, "0.0.0.0/0")];
         let mut lab = lab("in none", tcp_only.clone(), tcp_only.clone());
         let error = || tcp(B, X).syn().error(X, B, 3, 4);
-        run(&mut lab, "SG-5.1: a group's state is nothing to an ACL", vec![leaves(tcp(B, X).syn(), NEW), arrives(error(), ACL)]);
+        run(
+            &mut lab,
+            "SG-5.1: a group's state is nothing to an ACL",
+            vec![leaves(tcp(B, X).syn(), NEW), arrives(error(), ACL)],
+        );
         let mut with_icmp = tcp_only.clone();
         with_icmp.push(acl_entry(110, true, Traffic::Icmp { kind: Some(3), code: Some(4) }, "0.0.0.0/0"));
         lab.edit(|inventory| put_acl(inventory, SUBNET_1, with_icmp, tcp_only));
@@ -137,18 +150,20 @@ pub fn exempt_services_pass_it_both_ways() {
         for rules in ["in none, out none", "in none", "in all, out all"] {
             let mut lab = lab(rules, Vec::new(), Vec::new());
             let ask = || udp(B, X).to_address("169.254.169.253");
-            run(&mut lab, &format!("SG-4.1: neither groups nor ACLs filter it ({rules})"), vec![
-                leaves(ask(), Ok(Pass::Exempt)),
-                arrives(ask().reply(), ESTABLISHED),
-            ]);
+            run(
+                &mut lab,
+                &format!("SG-4.1: neither groups nor ACLs filter it ({rules})"),
+                vec![leaves(ask(), Ok(Pass::Exempt)), arrives(ask().reply(), ESTABLISHED)],
+            );
             // An ACL that lets the question out, but not the answer in.
             let egress = all();
             lab.edit(|inventory| put_acl(inventory, SUBNET_1, Vec::new(), egress));
             forget_flows(&mut lab);
-            run(&mut lab, &format!("SG-4.1: the answer needs no entry ({rules})"), vec![
-                leaves(ask(), Ok(Pass::Exempt)),
-                arrives(ask().reply(), ESTABLISHED),
-            ]);
+            run(
+                &mut lab,
+                &format!("SG-4.1: the answer needs no entry ({rules})"),
+                vec![leaves(ask(), Ok(Pass::Exempt)), arrives(ask().reply(), ESTABLISHED)],
+            );
         }
     });
 }

@@ -10,7 +10,9 @@ use tests::lab::Lab;
 use tests::netns::isolated;
 use tests::packets::{Packet, icmp, icmpv6, other, tcp, udp};
 
-use crate::{acl, exempt, forget_flows, fragments, groups, icmp as icmp_tests, neighbor, rules, spoofing, state, untracked};
+use crate::{
+    acl, exempt, forget_flows, fragments, groups, icmp as icmp_tests, neighbor, rules, spoofing, state, untracked,
+};
 
 #[derive(Deserialize, Debug)]
 struct Case {

@@ -73,20 +73,28 @@ pub fn nothing_may_rewrite_what_was_judged() {
                 packet.transport = tests::packets::Transport::None;
                 packet.payload(bytes)
             };
-            run(&mut lab, "RFC 3128: later fragments behind the header only", vec![
-                arrives(syn().payload(12).as_fragment(7, 0, true), NEW),
-                arrives(piece(&syn, 7, 1, 8), Err(Drop::FragmentOverlap)),
-                arrives(piece(&syn, 7, 2, 8), Err(Drop::FragmentOverlap)),
-                arrives(piece(&syn, 7, 3, 8), FOLLOWS),
-                arrives(piece(&syn, 7, 4, 8), FOLLOWS),
-                arrives(piece(&syn, 7, 8189, 8), FOLLOWS),
-            ]);
-            run(&mut lab, "RFC 1858: a first fragment without its whole header", vec![
-                arrives(piece(&syn, 8, 0, 8), Err(Drop::Malformed)),
-                arrives(piece(&syn, 8, 0, 16), Err(Drop::Malformed)),
-                arrives(piece(&syn, 8, 1, 16), ORPHAN),
-                arrives(piece(&|| udp(X, B).family(is_v4, X, B), 9, 0, 0), Err(Drop::Malformed)),
-            ]);
+            run(
+                &mut lab,
+                "RFC 3128: later fragments behind the header only",
+                vec![
+                    arrives(syn().payload(12).as_fragment(7, 0, true), NEW),
+                    arrives(piece(&syn, 7, 1, 8), Err(Drop::FragmentOverlap)),
+                    arrives(piece(&syn, 7, 2, 8), Err(Drop::FragmentOverlap)),
+                    arrives(piece(&syn, 7, 3, 8), FOLLOWS),
+                    arrives(piece(&syn, 7, 4, 8), FOLLOWS),
+                    arrives(piece(&syn, 7, 8189, 8), FOLLOWS),
+                ],
+            );
+            run(
+                &mut lab,
+                "RFC 1858: a first fragment without its whole header",
+                vec![
+                    arrives(piece(&syn, 8, 0, 8), Err(Drop::Malformed)),
+                    arrives(piece(&syn, 8, 0, 16), Err(Drop::Malformed)),
+                    arrives(piece(&syn, 8, 1, 16), ORPHAN),
+                    arrives(piece(&|| udp(X, B).family(is_v4, X, B), 9, 0, 0), Err(Drop::Malformed)),
+                ],
+            );
         }
     });
 }
@@ -96,10 +104,14 @@ pub fn extension_headers_around_fragments() {
     isolated(|| {
         let mut lab = Lab::new("in udp5000, out none");
         let datagram = |port| udp(X, B).v6(X, B).ports(40000, port).payload(100);
-        run(&mut lab, "RFC 6946: an atomic fragment is a whole packet", vec![
-            arrives(datagram(5000).as_fragment(1, 0, false), NEW),
-            arrives(datagram(5001).as_fragment(1, 0, false), NO_RULE),
-        ]);
+        run(
+            &mut lab,
+            "RFC 6946: an atomic fragment is a whole packet",
+            vec![
+                arrives(datagram(5000).as_fragment(1, 0, false), NEW),
+                arrives(datagram(5001).as_fragment(1, 0, false), NO_RULE),
+            ],
+        );
         let headed = |port, id| datagram(port).payload(3000).hop_by_hop().fragments(id, 1400);
         assert_eq!(verdicts(&mut lab, &headed(5000, 2)), [Ok(Pass::Established), FOLLOWS, FOLLOWS], "SG-3.8");
         assert_eq!(verdicts(&mut lab, &headed(5001, 3)), [NO_RULE, ORPHAN, ORPHAN], "SG-3.8");
@@ -107,9 +119,13 @@ pub fn extension_headers_around_fragments() {
         let inner = |outer_more: u8, port| {
             datagram(port).extension(44, &[0, 0, outer_more, 0, 0, 0, 4]).as_fragment(5, 0, false)
         };
-        run(&mut lab, "RFC 8200, 4.5", vec![
-            arrives(inner(1, 5001), NO_RULE),
-            arrives(datagram(5000).extension(44, &[0, 0, 8, 0, 0, 0, 6]), ORPHAN),
-        ]);
+        run(
+            &mut lab,
+            "RFC 8200, 4.5",
+            vec![
+                arrives(inner(1, 5001), NO_RULE),
+                arrives(datagram(5000).extension(44, &[0, 0, 8, 0, 0, 0, 6]), ORPHAN),
+            ],
+        );
     });
 }

@@ -56,17 +56,19 @@ pub fn a_reference_means_private_addresses() {
         assert_eq!(lab.send(A, B, &tcp(A, B).v6(A, B).syn()), ("B", NEW), "SG-1.9: IPv6 included");
         assert_eq!(lab.send(A, B, &tcp(A, B).ports(1, 23).syn()), ("B", NO_RULE), "SG-1.9");
         assert_eq!(lab.send(C, B, &tcp(C, B).syn()), ("B", NO_RULE), "SG-1.9");
-        run(&mut lab, "SG-1.9: never the public address", vec![
-            arrives(tcp(X, B).from_address("198.51.100.10").syn(), NO_RULE),
-            arrives(tcp(X, B).from_address("10.0.1.11").syn(), NO_RULE),
-        ]);
+        run(
+            &mut lab,
+            "SG-1.9: never the public address",
+            vec![
+                arrives(tcp(X, B).from_address("198.51.100.10").syn(), NO_RULE),
+                arrives(tcp(X, B).from_address("10.0.1.11").syn(), NO_RULE),
+            ],
+        );
         lab.edit(|inventory| {
             let addresses = &mut inventory.enis.get_mut(&A.eni()).expect("A's interface").addresses;
             addresses.push("10.0.1.11".parse().expect("an address"));
         });
-        run(&mut lab, "SG-2.4: a new secondary address", vec![
-            arrives(tcp(X, B).from_address("10.0.1.11").syn(), NEW),
-        ]);
+        run(&mut lab, "SG-2.4: a new secondary address", vec![arrives(tcp(X, B).from_address("10.0.1.11").syn(), NEW)]);
         lab.rules("sgA", "in none, out udp");
         assert_eq!(lab.send(A, B, &tcp(A, B).syn()), ("A", NO_RULE), "SG-1.9: its rules are its own");
     });
@@ -122,13 +124,21 @@ pub fn all_groups_of_an_interface_together() {
         let mut lab = Lab::new("in tcp22 X/32, out none");
         lab.rules("sgC", "in tcp80 X/32, out none");
         join(&mut lab, B, &["sgB", "sgC"]);
-        run(&mut lab, "SG-2.1", vec![
-            arrives(tcp(X, B).ports(1, 22).syn(), NEW),
-            arrives(tcp(X, B).ports(1, 80).syn(), NEW),
-            arrives(tcp(X, B).ports(1, 443).syn(), NO_RULE),
-        ]);
+        run(
+            &mut lab,
+            "SG-2.1",
+            vec![
+                arrives(tcp(X, B).ports(1, 22).syn(), NEW),
+                arrives(tcp(X, B).ports(1, 80).syn(), NEW),
+                arrives(tcp(X, B).ports(1, 443).syn(), NO_RULE),
+            ],
+        );
         join(&mut lab, B, &["sgC"]);
-        run(&mut lab, "SG-2.4", vec![arrives(tcp(X, B).ports(2, 22).syn(), NO_RULE), arrives(tcp(X, B).ports(2, 80).syn(), NEW)]);
+        run(
+            &mut lab,
+            "SG-2.4",
+            vec![arrives(tcp(X, B).ports(2, 22).syn(), NO_RULE), arrives(tcp(X, B).ports(2, 80).syn(), NEW)],
+        );
     });
 }
 
@@ -140,7 +150,8 @@ pub fn each_interface_by_its_own_groups() {
         let second = Host { name: "B2", mac: [2, 0, 0, 0, 0, 0xb2], ..B.at("10.0.1.21").at("2001:db8:1::b2") };
         lab.edit(|inventory| {
             let b = inventory.enis[&B.eni()].clone();
-            let eni = Eni { device_index: 1, groups: BTreeSet::from(["sgC".into()]), instance: b.instance, ..eni(&second) };
+            let eni =
+                Eni { device_index: 1, groups: BTreeSet::from(["sgC".into()]), instance: b.instance, ..eni(&second) };
             inventory.instances.get_mut(&"i-b".into()).expect("B").enis.push(eni.id.clone());
             inventory.enis.insert(eni.id.clone(), eni);
         });
@@ -154,7 +165,10 @@ pub fn each_interface_by_its_own_groups() {
         assert_eq!(ports(B).map(|packet| lab.to(B, &packet)), [NEW, NO_RULE], "SG-2.2");
         assert_eq!(ports(second).map(|packet| lab.to(second, &packet)), [NO_RULE, NEW], "SG-2.2");
         // A flow of one interface is none of the other's.
-        assert_eq!(lab.from(second, &ports(B)[0].clone().syn_ack().reply().from_mac(second.mac)), Err(Drop::SourceAddress));
+        assert_eq!(
+            lab.from(second, &ports(B)[0].clone().syn_ack().reply().from_mac(second.mac)),
+            Err(Drop::SourceAddress)
+        );
         assert_eq!(lab.from(second, &tcp(X, second).syn_ack().reply()), NO_RULE, "SG-2.2");
     });
 }
@@ -173,7 +187,11 @@ pub fn without_a_group_everything_passes_and_is_warned_about() {
         let mut lab = Lab::with("in all", Settings { deny_without_group: true, ..Settings::default() });
         assert!(!warned(&lab), "{:?}", lab.warnings());
         join(&mut lab, B, &[]);
-        run(&mut lab, "SG-2.5: --no-group=deny", vec![arrives(tcp(X, B).syn(), NO_RULE), leaves(tcp(B, X).syn(), NO_RULE)]);
+        run(
+            &mut lab,
+            "SG-2.5: --no-group=deny",
+            vec![arrives(tcp(X, B).syn(), NO_RULE), leaves(tcp(B, X).syn(), NO_RULE)],
+        );
         assert!(warned(&lab), "SG-2.5: {:?}", lab.warnings());
     });
 }
@@ -201,13 +219,18 @@ pub fn more_groups_than_fit_are_refused_whole() {
                 group.id = name.as_str().into();
                 inventory.groups.insert(group.id.clone(), group);
             }
-            let rules = format!("in {}", names.iter().map(|name| format!("tcp22 {name}")).collect::<Vec<_>>().join(" + "));
+            let rules =
+                format!("in {}", names.iter().map(|name| format!("tcp22 {name}")).collect::<Vec<_>>().join(" + "));
             inventory.groups.get_mut(&"sgB".into()).expect("sgB").ingress = tests::text::rules(&rules).ingress;
             inventory.enis.get_mut(&A.eni()).expect("A's interface").groups =
                 names.iter().map(|name| GroupId::from(name.as_str())).collect();
         });
         let error = refused.expect_err("17 groups for one address").to_string();
         assert!(error.contains("10.0.1.10") && error.contains("17"), "SG-1.14: {error}");
-        run(&mut lab, "SG-1.14: the old policy stands", vec![arrives(tcp(X, B).syn(), NEW), arrives(tcp(A, B).syn(), NO_RULE)]);
+        run(
+            &mut lab,
+            "SG-1.14: the old policy stands",
+            vec![arrives(tcp(X, B).syn(), NEW), arrives(tcp(A, B).syn(), NO_RULE)],
+        );
     });
 }

@@ -40,14 +40,7 @@ pub fn a_frame_cut_short_passes_at_no_length() {
             let frame = packet.frame();
             for length in 0..frame.len() {
                 let cut = &frame[..length];
-                // The kernel runs nothing shorter than an Ethernet header.
-                let verdict = if length < 14 {
-                    lab.reference().run(lab.ifindex(B), Direction::Ingress, cut, 0)
-                } else if length == 14 {
-                    continue;
-                } else {
-                    lab.run(B, Direction::Ingress, cut)
-                };
+                let verdict = lab.run(B, Direction::Ingress, cut);
                 assert_eq!(verdict, MALFORMED, "{length} of {} bytes of {packet:?}", frame.len());
             }
             forget_flows(&mut lab);
@@ -140,25 +133,37 @@ pub fn extension_headers_hide_nothing() {
         ];
         for order in orders {
             forget_flows(&mut lab);
-            run(&mut lab, "SG-1.4", vec![
-                arrives(order(packet(22)), Ok(Pass::New)),
-                arrives(order(packet(23)), NO_RULE),
-                arrives(order(other(X, B, 59).v6(X, B)), NO_RULE),
-            ]);
+            run(
+                &mut lab,
+                "SG-1.4",
+                vec![
+                    arrives(order(packet(22)), Ok(Pass::New)),
+                    arrives(order(packet(23)), NO_RULE),
+                    arrives(order(other(X, B, 59).v6(X, B)), NO_RULE),
+                ],
+            );
         }
         let many = (0..8).fold(packet(22), |packet, _| packet.destination_options());
-        run(&mut lab, "RFC 8200, 4.1", vec![
-            arrives(many, Err(Drop::ExtensionHeaders)),
-            arrives((0..40).fold(packet(22), |packet, _| packet.hop_by_hop()), Err(Drop::ExtensionHeaders)),
-        ]);
+        run(
+            &mut lab,
+            "RFC 8200, 4.1",
+            vec![
+                arrives(many, Err(Drop::ExtensionHeaders)),
+                arrives((0..40).fold(packet(22), |packet, _| packet.hop_by_hop()), Err(Drop::ExtensionHeaders)),
+            ],
+        );
         let rule = Err(Drop::RoutingHeader);
-        run(&mut lab, "RFC 5095", vec![
-            arrives(packet(22).routing(0, 0), rule),
-            arrives(packet(22).routing(0, 1), rule),
-            arrives(packet(22).routing(2, 1), rule),
-            arrives(packet(22).routing(4, 255), rule),
-            arrives(packet(22).hop_by_hop().routing(0, 1), rule),
-        ]);
+        run(
+            &mut lab,
+            "RFC 5095",
+            vec![
+                arrives(packet(22).routing(0, 0), rule),
+                arrives(packet(22).routing(0, 1), rule),
+                arrives(packet(22).routing(2, 1), rule),
+                arrives(packet(22).routing(4, 255), rule),
+                arrives(packet(22).hop_by_hop().routing(0, 1), rule),
+            ],
+        );
     });
 }
 
@@ -178,7 +183,9 @@ pub fn tags_and_strange_ethertypes() {
             ] {
                 assert_eq!(lab.run(B, direction, &tagged.frame()), Err(Drop::Vlan), "{tagged:?}");
             }
-            for ethertype in [0x0000_u16, 0x0026, 0x05ff, 0x8035, 0x8847, 0x8863, 0x888e, 0x88cc, 0x88e5, 0x9000, 0xffff] {
+            for ethertype in
+                [0x0000_u16, 0x0026, 0x05ff, 0x8035, 0x8847, 0x8863, 0x888e, 0x88cc, 0x88e5, 0x9000, 0xffff]
+            {
                 let mut frame = packet().frame();
                 frame[12..14].copy_from_slice(&ethertype.to_be_bytes());
                 assert_eq!(lab.run(B, direction, &frame), Err(Drop::NotIp), "{ethertype:#06x}");
@@ -215,20 +222,45 @@ pub fn neighbours_cut_short() {
     isolated(|| {
         let mut lab = Lab::new("in none, out none");
         let whole = arp(B, 1, B.mac, B.v4, A.v4);
-        for length in 15..whole.len() {
+        for length in 0..whole.len() {
             for direction in [Direction::Ingress, Direction::Egress] {
                 assert_eq!(lab.run(B, direction, &whole[..length]), MALFORMED, "{length} bytes of ARP");
             }
         }
         let frame = neighbor_advertisement(B, A.v6, B.v6, B.mac).frame();
-        for length in 15..frame.len() {
-            assert_eq!(lab.run(B, Direction::Egress, &frame[..length]), MALFORMED, "{length} bytes of an advertisement");
+        for length in 0..frame.len() {
+            assert_eq!(
+                lab.run(B, Direction::Egress, &frame[..length]),
+                MALFORMED,
+                "{length} bytes of an advertisement"
+            );
         }
         // Cut short, and honest about it: the target isn't there.
         for body in 8..24_u16 {
             let mut cut = frame[..14 + 40 + usize::from(body)].to_vec();
             cut[18..20].copy_from_slice(&body.to_be_bytes());
             assert!(lab.run(B, Direction::Egress, &cut).is_err(), "{body} bytes of an advertisement");
+        }
+    });
+}
+
+#[test]
+pub fn offloaded_packets_past_64_kib() {
+    isolated(|| {
+        let lab = Lab::new("in tcp22, out none");
+        let index = lab.ifindex(B);
+        for (packet, at) in [(tcp(X, B), 16), (tcp(X, B).v6(X, B), 18)] {
+            let big = |port| {
+                let mut frame = packet.clone().ports(40000, port).syn().frame();
+                frame[at..at + 2].fill(0);
+                frame.resize(100_000, 0);
+                frame
+            };
+            // Longer than any test run's frame.
+            let reference = lab.reference();
+            assert_eq!(reference.run(index, Direction::Ingress, &big(22), 0), Ok(Pass::New), "BIG TCP: {packet:?}");
+            assert_eq!(reference.run(index, Direction::Ingress, &big(23), 0), NO_RULE, "BIG TCP: {packet:?}");
+            assert_eq!(reference.run(index, Direction::Ingress, &big(22)[..60_000], 0), MALFORMED, "{packet:?}");
         }
     });
 }

@@ -29,16 +29,20 @@ pub fn both_pass_without_any_rule() {
         ] {
             assert_eq!(lab.run(B, direction, &frame), NEIGHBOR, "SG-4.2: {what}");
         }
-        run(&mut lab, "SG-4.2", vec![
-            leaves(neighbor_solicitation(B, A.v6), NEIGHBOR),
-            leaves(neighbor_advertisement(B, A.v6, B.v6, B.mac), NEIGHBOR),
-            leaves(neighbor_advertisement(B, "ff02::1".parse().expect("an address"), B.v6, B.mac), NEIGHBOR),
-            leaves(neighbor_solicitation(B, A.v6).from_address(&B.link_local().to_string()), NEIGHBOR),
-            leaves(neighbor_advertisement(B, A.v6, B.link_local(), B.mac), NEIGHBOR),
-            arrives(neighbor_solicitation(A, B.v6), NEIGHBOR),
-            arrives(neighbor_advertisement(A, B.v6, A.v6, A.mac), NEIGHBOR),
-            arrives(router_advertisement(X.with_mac(ROUTER)), NEIGHBOR),
-        ]);
+        run(
+            &mut lab,
+            "SG-4.2",
+            vec![
+                leaves(neighbor_solicitation(B, A.v6), NEIGHBOR),
+                leaves(neighbor_advertisement(B, A.v6, B.v6, B.mac), NEIGHBOR),
+                leaves(neighbor_advertisement(B, "ff02::1".parse().expect("an address"), B.v6, B.mac), NEIGHBOR),
+                leaves(neighbor_solicitation(B, A.v6).from_address(&B.link_local().to_string()), NEIGHBOR),
+                leaves(neighbor_advertisement(B, A.v6, B.link_local(), B.mac), NEIGHBOR),
+                arrives(neighbor_solicitation(A, B.v6), NEIGHBOR),
+                arrives(neighbor_advertisement(A, B.v6, A.v6, A.mac), NEIGHBOR),
+                arrives(router_advertisement(X.with_mac(ROUTER)), NEIGHBOR),
+            ],
+        );
     });
 }
 
@@ -72,7 +76,11 @@ pub fn forged_arp_is_not_sent() {
         }
         lab.edit(|inventory| inventory.enis.get_mut(&B.eni()).expect("B's interface").source_dest_check = false);
         assert_eq!(lab.run(B, Direction::Egress, &arp(B, 2, B.mac, A.v4, A.v4)), NEIGHBOR, "SG-4.3: check off");
-        assert_eq!(lab.run(B, Direction::Egress, &arp(B, 2, A.mac, B.v4, A.v4)), forged, "the MAC address stays its own");
+        assert_eq!(
+            lab.run(B, Direction::Egress, &arp(B, 2, A.mac, B.v4, A.v4)),
+            forged,
+            "the MAC address stays its own"
+        );
     });
 }
 
@@ -82,22 +90,26 @@ pub fn forged_discovery_is_not_sent() {
         let mut lab = Lab::new("in all, out all");
         let a = A.v6.to_string();
         let router = ROUTER;
-        run(&mut lab, "SG-4.3", vec![
-            leaves(neighbor_advertisement(B, A.v6, A.v6, B.mac), FORGED),
-            leaves(neighbor_advertisement(B, A.v6, A.link_local(), B.mac), FORGED),
-            leaves(neighbor_advertisement(B, A.v6, B.v6, A.mac), FORGED),
-            leaves(neighbor_advertisement(B, A.v6, B.v6, B.mac).from_address(&a), FORGED),
-            leaves(neighbor_advertisement(B, A.v6, B.v6, B.mac).from_mac(A.mac), Err(Drop::SourceMac)),
-            leaves(neighbor_solicitation(B, A.v6).from_address(&a), FORGED),
-            leaves(neighbor_solicitation(B, A.v6).hops(254), FORGED),
-            leaves(neighbor_solicitation(B, A.v6).hops(0), FORGED),
-            leaves(router_advertisement(B), FORGED),
-            leaves(router_advertisement(B).from_address(&B.link_local().to_string()), FORGED),
-            leaves(redirect(B, A.v6, B.v6, X.v6), FORGED),
-            leaves(neighbor_solicitation(B, A.v6).hop_by_hop().from_address(&a), FORGED),
-            leaves(neighbor_advertisement(B, A.v6, A.v6, B.mac).destination_options(), FORGED),
-            leaves(router_advertisement(B).as_fragment(1, 0, false), FORGED),
-        ]);
+        run(
+            &mut lab,
+            "SG-4.3",
+            vec![
+                leaves(neighbor_advertisement(B, A.v6, A.v6, B.mac), FORGED),
+                leaves(neighbor_advertisement(B, A.v6, A.link_local(), B.mac), FORGED),
+                leaves(neighbor_advertisement(B, A.v6, B.v6, A.mac), FORGED),
+                leaves(neighbor_advertisement(B, A.v6, B.v6, B.mac).from_address(&a), FORGED),
+                leaves(neighbor_advertisement(B, A.v6, B.v6, B.mac).from_mac(A.mac), Err(Drop::SourceMac)),
+                leaves(neighbor_solicitation(B, A.v6).from_address(&a), FORGED),
+                leaves(neighbor_solicitation(B, A.v6).hops(254), FORGED),
+                leaves(neighbor_solicitation(B, A.v6).hops(0), FORGED),
+                leaves(router_advertisement(B), FORGED),
+                leaves(router_advertisement(B).from_address(&B.link_local().to_string()), FORGED),
+                leaves(redirect(B, A.v6, B.v6, X.v6), FORGED),
+                leaves(neighbor_solicitation(B, A.v6).hop_by_hop().from_address(&a), FORGED),
+                leaves(neighbor_advertisement(B, A.v6, A.v6, B.mac).destination_options(), FORGED),
+                leaves(router_advertisement(B).as_fragment(1, 0, false), FORGED),
+            ],
+        );
         // A second link-layer option behind an honest one.
         let mut two = neighbor_solicitation(B, A.v6);
         two.payload.extend([1, 1]);
@@ -113,17 +125,25 @@ pub fn forged_discovery_is_not_sent() {
         let alone = nonce_first.clone().from_address("::");
         nonce_first.payload.extend([1, 1]);
         nonce_first.payload.extend(router);
-        run(&mut lab, "SG-4.3", vec![
-            leaves(two, FORGED),
-            leaves(long, FORGED),
-            leaves(none, NEIGHBOR),
-            leaves(alone, NEIGHBOR),
-            leaves(nonce_first, FORGED),
-        ]);
-        run(&mut lab, "RFC 6980: fragmented discovery goes by the rules, and to a group not at all", vec![
-            leaves(neighbor_advertisement(B, A.v6, A.v6, B.mac).as_fragment(1, 0, true), Ok(Pass::New)),
-            leaves(router_advertisement(B).as_fragment(2, 0, true), Err(Drop::Multicast)),
-        ]);
+        run(
+            &mut lab,
+            "SG-4.3",
+            vec![
+                leaves(two, FORGED),
+                leaves(long, FORGED),
+                leaves(none, NEIGHBOR),
+                leaves(alone, NEIGHBOR),
+                leaves(nonce_first, FORGED),
+            ],
+        );
+        run(
+            &mut lab,
+            "RFC 6980: fragmented discovery goes by the rules, and to a group not at all",
+            vec![
+                leaves(neighbor_advertisement(B, A.v6, A.v6, B.mac).as_fragment(1, 0, true), Ok(Pass::New)),
+                leaves(router_advertisement(B).as_fragment(2, 0, true), Err(Drop::Multicast)),
+            ],
+        );
     });
 }
 
@@ -131,11 +151,15 @@ pub fn forged_discovery_is_not_sent() {
 pub fn what_was_forwarded_is_not_believed() {
     isolated(|| {
         let mut lab = Lab::new("in all, out all");
-        run(&mut lab, "RFC 4861, 7.1", vec![
-            arrives(neighbor_advertisement(A, B.v6, A.v6, A.mac).hops(254), FORGED),
-            arrives(redirect(A, B.v6, A.v6, X.v6).hops(64), FORGED),
-            arrives(router_advertisement(A).hops(1), FORGED),
-        ]);
+        run(
+            &mut lab,
+            "RFC 4861, 7.1",
+            vec![
+                arrives(neighbor_advertisement(A, B.v6, A.v6, A.mac).hops(254), FORGED),
+                arrives(redirect(A, B.v6, A.v6, X.v6).hops(64), FORGED),
+                arrives(router_advertisement(A).hops(1), FORGED),
+            ],
+        );
     });
 }
 
@@ -146,20 +170,24 @@ pub fn other_multicast_stays_out() {
         let multicast = Err(Drop::Multicast);
         let group = || udp(B, X).to_address("224.0.0.251").to_mac([1, 0, 0x5e, 0, 0, 0xfb]);
         let group6 = || udp(B, X).v6(B, X).to_address("ff02::fb").to_mac([0x33, 0x33, 0, 0, 0, 0xfb]);
-        run(&mut lab, "SG-4.4", vec![
-            leaves(group(), multicast),
-            leaves(group().to_mac(ROUTER), multicast),
-            leaves(group6(), multicast),
-            leaves(icmpv6(B, A, 143, 0).to_address("ff02::16").to_mac([0x33, 0x33, 0, 0, 0, 0x16]), multicast),
-            leaves(udp(B, A).to_address("255.255.255.255").to_mac([0xff; 6]), multicast),
-            leaves(udp(B, A).to_address("10.0.1.255"), multicast),
-            leaves(udp(B, A).to_mac([0xff; 6]), multicast),
-            leaves(udp(B, A).to_mac([1, 2, 3, 4, 5, 6]), multicast),
-            arrives(udp(A, B).to_address("10.0.1.255").to_mac([0xff; 6]), multicast),
-            arrives(udp(A, B).to_address("255.255.255.255").to_mac([0xff; 6]), multicast),
-            arrives(udp(A, B).to_mac([0xff; 6]), multicast),
-            arrives(udp(A, B).to_address("239.1.1.1").to_mac([1, 0, 0x5e, 1, 1, 1]), multicast),
-            arrives(udp(A, B).v6(A, B).to_address("ff02::1").to_mac([0x33, 0x33, 0, 0, 0, 1]), multicast),
-        ]);
+        run(
+            &mut lab,
+            "SG-4.4",
+            vec![
+                leaves(group(), multicast),
+                leaves(group().to_mac(ROUTER), multicast),
+                leaves(group6(), multicast),
+                leaves(icmpv6(B, A, 143, 0).to_address("ff02::16").to_mac([0x33, 0x33, 0, 0, 0, 0x16]), multicast),
+                leaves(udp(B, A).to_address("255.255.255.255").to_mac([0xff; 6]), multicast),
+                leaves(udp(B, A).to_address("10.0.1.255"), multicast),
+                leaves(udp(B, A).to_mac([0xff; 6]), multicast),
+                leaves(udp(B, A).to_mac([1, 2, 3, 4, 5, 6]), multicast),
+                arrives(udp(A, B).to_address("10.0.1.255").to_mac([0xff; 6]), multicast),
+                arrives(udp(A, B).to_address("255.255.255.255").to_mac([0xff; 6]), multicast),
+                arrives(udp(A, B).to_mac([0xff; 6]), multicast),
+                arrives(udp(A, B).to_address("239.1.1.1").to_mac([1, 0, 0x5e, 1, 1, 1]), multicast),
+                arrives(udp(A, B).v6(A, B).to_address("ff02::1").to_mac([0x33, 0x33, 0, 0, 0, 1]), multicast),
+            ],
+        );
     });
 }

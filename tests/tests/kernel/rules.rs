@@ -123,11 +123,16 @@ fn protocols_by_number() {
                 arrives(tcp(X, B).v6(X, B).syn(), NO_RULE),
             ],
         );
-        scene(&mut lab, "SG-1.4: number 0", "in 0 any4", vec![
-            arrives(other(X, B, 0), NEW),
-            arrives(other(X, B, 1), Err(Drop::NoRule)),
-            arrives(tcp(X, B).syn(), NO_RULE),
-        ]);
+        scene(
+            &mut lab,
+            "SG-1.4: number 0",
+            "in 0 any4",
+            vec![
+                arrives(other(X, B, 0), NEW),
+                arrives(other(X, B, 1), Err(Drop::NoRule)),
+                arrives(tcp(X, B).syn(), NO_RULE),
+            ],
+        );
     });
 }
 
@@ -136,14 +141,18 @@ fn families_are_apart() {
     isolated(|| {
         let mut lab = Lab::new("in none");
         let v6 = || tcp(X, B).v6(X, B).syn();
-        scene(&mut lab, "SG-1.5", "in tcp22 any4, out none", vec![
-            arrives(tcp(X, B).syn(), NEW),
-            arrives(v6(), NO_RULE),
-        ]);
-        scene(&mut lab, "SG-1.5", "in tcp22 any6, out none", vec![
-            arrives(tcp(X, B).syn(), NO_RULE),
-            arrives(v6(), NEW),
-        ]);
+        scene(
+            &mut lab,
+            "SG-1.5",
+            "in tcp22 any4, out none",
+            vec![arrives(tcp(X, B).syn(), NEW), arrives(v6(), NO_RULE)],
+        );
+        scene(
+            &mut lab,
+            "SG-1.5",
+            "in tcp22 any6, out none",
+            vec![arrives(tcp(X, B).syn(), NO_RULE), arrives(v6(), NEW)],
+        );
         scene(
             &mut lab,
             "SG-1.5: a network of mapped addresses covers no IPv4",
@@ -192,16 +201,26 @@ fn networks_nest_and_touch() {
 fn any_and_narrow_together() {
     isolated(|| {
         let mut lab = Lab::new("in none");
-        scene(&mut lab, "SG-2.1", "in tcp22 A/32 + tcp22 any4, out none", vec![
-            arrives(tcp(X, B).syn(), NEW),
-            arrives(tcp(A, B).syn(), NEW),
-            arrives(tcp(X, B).ports(1, 23).syn(), NO_RULE),
-        ]);
-        scene(&mut lab, "SG-2.1: order and repetition mean nothing", "in tcp22 C/32 + tcp22 C/32 + tcp20-30 C/32", vec![
-            arrives(tcp(C, B).syn(), NEW),
-            arrives(tcp(C, B).ports(1, 30).syn(), NEW),
-            arrives(tcp(C, B).ports(1, 31).syn(), NO_RULE),
-        ]);
+        scene(
+            &mut lab,
+            "SG-2.1",
+            "in tcp22 A/32 + tcp22 any4, out none",
+            vec![
+                arrives(tcp(X, B).syn(), NEW),
+                arrives(tcp(A, B).syn(), NEW),
+                arrives(tcp(X, B).ports(1, 23).syn(), NO_RULE),
+            ],
+        );
+        scene(
+            &mut lab,
+            "SG-2.1: order and repetition mean nothing",
+            "in tcp22 C/32 + tcp22 C/32 + tcp20-30 C/32",
+            vec![
+                arrives(tcp(C, B).syn(), NEW),
+                arrives(tcp(C, B).ports(1, 30).syn(), NEW),
+                arrives(tcp(C, B).ports(1, 31).syn(), NO_RULE),
+            ],
+        );
     });
 }
 

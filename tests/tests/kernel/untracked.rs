@@ -37,22 +37,38 @@ pub fn both_directions_must_be_open_to_all() {
                 scene(&mut lab, "SG-3.2", &rules, vec![arrives(syn(), tcp_verdict), arrives(datagram(), udp_verdict)]);
             }
         }
-        scene(&mut lab, "SG-3.2: only a literal /0", "in tcp22 0.0.0.0/1 + tcp22 128.0.0.0/1, out all", vec![
-            arrives(tcp(X, B).syn(), NEW),
-        ]);
-        scene(&mut lab, "SG-3.2: a narrow and an any-source rule: untracked wins", "in tcp22 X/32 + tcp22 any4, out all", vec![
-            arrives(tcp(X, B).syn(), UNTRACKED),
-        ]);
-        scene(&mut lab, "SG-3.2: the same with directions swapped", "in all, out tcp443 any4", vec![
-            leaves(tcp(B, X).ports(50000, 443).syn(), UNTRACKED),
-            arrives(tcp(B, X).ports(50000, 443).syn_ack().reply(), UNTRACKED),
-        ]);
-        scene(&mut lab, "SG-3.2: the rest is always tracked", "in all, out all", vec![
-            arrives(icmp(X, B, 8, 0), NEW),
-            arrives(icmpv6(X, B, 128, 0), NEW),
-            arrives(other(X, B, 50), NEW),
-            arrives(other(X, B, 132).v6(X, B), NEW),
-        ]);
+        scene(
+            &mut lab,
+            "SG-3.2: only a literal /0",
+            "in tcp22 0.0.0.0/1 + tcp22 128.0.0.0/1, out all",
+            vec![arrives(tcp(X, B).syn(), NEW)],
+        );
+        scene(
+            &mut lab,
+            "SG-3.2: a narrow and an any-source rule: untracked wins",
+            "in tcp22 X/32 + tcp22 any4, out all",
+            vec![arrives(tcp(X, B).syn(), UNTRACKED)],
+        );
+        scene(
+            &mut lab,
+            "SG-3.2: the same with directions swapped",
+            "in all, out tcp443 any4",
+            vec![
+                leaves(tcp(B, X).ports(50000, 443).syn(), UNTRACKED),
+                arrives(tcp(B, X).ports(50000, 443).syn_ack().reply(), UNTRACKED),
+            ],
+        );
+        scene(
+            &mut lab,
+            "SG-3.2: the rest is always tracked",
+            "in all, out all",
+            vec![
+                arrives(icmp(X, B, 8, 0), NEW),
+                arrives(icmpv6(X, B, 128, 0), NEW),
+                arrives(other(X, B, 50), NEW),
+                arrives(other(X, B, 132).v6(X, B), NEW),
+            ],
+        );
     });
 }
 
@@ -60,25 +76,33 @@ pub fn both_directions_must_be_open_to_all() {
 pub fn a_revoke_stops_them_at_once() {
     isolated(|| {
         let mut lab = Lab::new("in tcp22 any4 + udp53 any4");
-        run(&mut lab, "SG-3.2", vec![
-            arrives(tcp(X, B).syn(), UNTRACKED),
-            leaves(tcp(X, B).syn_ack().reply(), UNTRACKED),
-            arrives(tcp(X, B).ack(), UNTRACKED),
-            leaves(tcp(X, B).ack().reply(), UNTRACKED),
-            arrives(udp(X, B), UNTRACKED),
-            leaves(udp(X, B).reply(), UNTRACKED),
-        ]);
+        run(
+            &mut lab,
+            "SG-3.2",
+            vec![
+                arrives(tcp(X, B).syn(), UNTRACKED),
+                leaves(tcp(X, B).syn_ack().reply(), UNTRACKED),
+                arrives(tcp(X, B).ack(), UNTRACKED),
+                leaves(tcp(X, B).ack().reply(), UNTRACKED),
+                arrives(udp(X, B), UNTRACKED),
+                leaves(udp(X, B).reply(), UNTRACKED),
+            ],
+        );
         lab.rules("sgB", "in none");
-        run(&mut lab, "SG-3.4: the next packet is dropped, and what B still sends opens nothing", vec![
-            arrives(tcp(X, B).ack(), NO_RULE),
-            leaves(tcp(X, B).ack().reply(), Ok(Pass::MidFlow)),
-            arrives(tcp(X, B).ack(), NO_RULE),
-            leaves(tcp(X, B).fin().reply(), Ok(Pass::MidFlow)),
-            leaves(tcp(X, B).rst().reply(), Ok(Pass::MidFlow)),
-            leaves(tcp(X, B).syn_ack().reply(), Ok(Pass::MidFlow)),
-            arrives(tcp(X, B).ack(), NO_RULE),
-            arrives(udp(X, B), NO_RULE),
-        ]);
+        run(
+            &mut lab,
+            "SG-3.4: the next packet is dropped, and what B still sends opens nothing",
+            vec![
+                arrives(tcp(X, B).ack(), NO_RULE),
+                leaves(tcp(X, B).ack().reply(), Ok(Pass::MidFlow)),
+                arrives(tcp(X, B).ack(), NO_RULE),
+                leaves(tcp(X, B).fin().reply(), Ok(Pass::MidFlow)),
+                leaves(tcp(X, B).rst().reply(), Ok(Pass::MidFlow)),
+                leaves(tcp(X, B).syn_ack().reply(), Ok(Pass::MidFlow)),
+                arrives(tcp(X, B).ack(), NO_RULE),
+                arrives(udp(X, B), NO_RULE),
+            ],
+        );
     });
 }
 
@@ -96,13 +120,21 @@ pub fn a_swap_of_groups_and_back_revives_nothing() {
         join(&mut lab, "sgA");
         lab.attach(|attachments| attachments.extend(b));
         join(&mut lab, "sgB");
-        run(&mut lab, "SG-3.2", vec![arrives(tcp(X, B).syn(), UNTRACKED), leaves(tcp(X, B).syn_ack().reply(), UNTRACKED)]);
+        run(
+            &mut lab,
+            "SG-3.2",
+            vec![arrives(tcp(X, B).syn(), UNTRACKED), leaves(tcp(X, B).syn_ack().reply(), UNTRACKED)],
+        );
         join(&mut lab, "sgA");
-        run(&mut lab, "SG-3.4: groups are swapped", vec![
-            arrives(tcp(X, B).ack(), NO_RULE),
-            leaves(tcp(X, B).ack().reply(), Ok(Pass::MidFlow)),
-            arrives(tcp(X, B).ack(), NO_RULE),
-        ]);
+        run(
+            &mut lab,
+            "SG-3.4: groups are swapped",
+            vec![
+                arrives(tcp(X, B).ack(), NO_RULE),
+                leaves(tcp(X, B).ack().reply(), Ok(Pass::MidFlow)),
+                arrives(tcp(X, B).ack(), NO_RULE),
+            ],
+        );
     });
 }
 
