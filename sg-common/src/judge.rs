@@ -17,8 +17,9 @@ pub trait Memory {
     /// Nanoseconds of a monotonic clock.
     fn now(&self) -> u64;
     /// A place for `packet`. The kernel's is one where the verifier forgets what it knows of each field: otherwise
-    /// everything that follows would be verified once for each way through the parser.
-    fn hold<'a>(&'a self, packet: &'a Packet) -> &'a Packet;
+    /// everything that follows would be verified once for each way through the parser. `None` only where the maps are
+    /// not the agent's.
+    fn hold<'a>(&'a self, packet: &'a Packet) -> Option<&'a Packet>;
     /// A flow's entry in the table.
     type Entry<'a>: DerefMut<Target = Flow>
     where
@@ -59,7 +60,7 @@ pub fn judge<M: Tables + Memory>(
         return guard::arp(maps, interface, direction, &ethernet, frame);
     }
     let packet = packet::ip(frame, &ethernet)?;
-    let packet = maps.hold(&packet);
+    let packet = maps.hold(&packet).ok_or(Drop::Inconsistent)?;
     if let Some(pass) = guard::check(maps, interface, direction, &ethernet, packet, frame)? {
         return Ok(pass);
     }

@@ -144,16 +144,15 @@ impl Memory for Maps {
 
     // VERIFIER: "BPF program is too large. Processed 1000001 insn" (6.18) with the packet on the stack.
     #[inline(always)]
-    fn hold<'a>(&'a self, packet: &'a Packet) -> &'a Packet {
-        match PACKET.get_ptr_mut(0) {
+    fn hold<'a>(&'a self, packet: &'a Packet) -> Option<&'a Packet> {
+        PACKET.get_ptr_mut(0).map(|place| {
             // SAFETY: this CPU's own entry; TC programs on one CPU don't interrupt each other. Only this line writes
             // it, so it is a valid packet. The black box keeps the compiler from reading it out of registers.
-            Some(place) => unsafe {
+            unsafe {
                 place.write(*packet);
                 &*core::hint::black_box(place)
-            },
-            None => packet,
-        }
+            }
+        })
     }
 
     type Entry<'a> = &'a mut Flow;
