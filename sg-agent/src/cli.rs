@@ -105,6 +105,9 @@ pub struct RunArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(30..=60), help_heading = "Semantics")]
     pub udp_timeout: u64,
 
+    /// Log every packet that is dropped, with its reason (slow: for looking into one problem)
+    #[arg(long)]
+    pub log_drops: bool,
     /// End enforcement when the agent ends
     #[arg(long)]
     pub detach_on_exit: bool,

@@ -86,6 +86,7 @@ fn options(places: Places, args: RunArgs) -> Result<Options> {
             flags: cut | related,
             ..Config::default()
         },
+        log_drops: args.log_drops,
         detach_on_exit: args.detach_on_exit,
     })
 }

@@ -1,7 +1,9 @@
 //! The maps, as the programs see them. `sg_common::abi` has their types and sizes; only the agent writes rules.
 
+use core::ffi::c_void;
+
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
-use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
+use aya_ebpf::helpers::{bpf_for_each_map_elem, bpf_ktime_get_coarse_ns, bpf_map_delete_elem};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap};
@@ -48,6 +50,57 @@ pub static ESTABLISHED: PerCpuArray<Count> = PerCpuArray::with_max_entries(2 * M
 /// All other verdicts.
 #[map]
 pub static REASONS: PerCpuHashMap<ReasonKey, Count> = PerCpuHashMap::with_max_entries(MAX_COUNTERS, BPF_F_NO_PREALLOC);
+
+/// When a packet last swept the flows, by its clock.
+#[map]
+static SWEPT: Array<u64> = Array::with_max_entries(1, 0);
+
+/// The least time between two sweeps by packets, in nanoseconds: one takes milliseconds.
+const SWEEP_INTERVAL: u64 = 1_000_000_000;
+
+/// Removes expired flows, if no packet has done so within the last second. Two CPUs may both find it due: the second
+/// then walks a table that the first has tidied.
+#[inline(never)]
+fn sweep_if_due(now: u64) -> bool {
+    let Some(swept) = SWEPT.get_ptr_mut(0) else { return false };
+    // SAFETY: an aligned word of an array that is never freed while the program runs, read and written whole.
+    unsafe {
+        if now.wrapping_sub(swept.read_volatile()) < SWEEP_INTERVAL {
+            return false;
+        }
+        swept.write_volatile(now);
+    }
+    sweep(now);
+    true
+}
+
+/// Removes every flow that is expired at `now`. Returns how many there were in all.
+#[inline(always)]
+pub fn sweep(now: u64) -> i64 {
+    let mut now = now;
+    // SAFETY: the map is a hash of these types, and `visit` takes what the helper hands it.
+    unsafe {
+        bpf_for_each_map_elem(
+            core::ptr::from_ref(&FLOWS).cast_mut().cast(),
+            visit as *mut c_void,
+            core::ptr::from_mut(&mut now).cast(),
+            0,
+        )
+    }
+}
+
+/// One flow of a sweep. A packet that finds the flow expired at this moment takes the entry over or makes a new one;
+/// the latter can be removed here only if that happens between the two lines below, on another CPU. Its next packet
+/// is then judged by the rules again.
+unsafe extern "C" fn visit(map: *mut c_void, key: *mut c_void, flow: *mut c_void, now: *mut c_void) -> i64 {
+    // SAFETY: the helper passes the entry's value and the pointer that `sweep` gave it.
+    let (flow, now) = unsafe { (&*flow.cast::<Flow>(), *now.cast::<u64>()) };
+    if CONFIG.get(0).is_some_and(|config| flow.is_expired(config, now)) {
+        // SAFETY: deleting the entry that is being visited is allowed (kernel: `bpf_for_each_hash_elem`).
+        let _ = unsafe { bpf_map_delete_elem(map, key) };
+    }
+    0
+}
 
 /// The interface whose host-side link has this index.
 #[inline(always)]
@@ -169,6 +222,10 @@ impl Memory for Maps {
         match FLOWS.insert(key, flow, BPF_NOEXIST as u64) {
             Ok(()) => Ok(()),
             Err(error) if error as i32 == EEXIST => Ok(()),
+            // With an agent that sweeps it doesn't come to this; without one, the packets help themselves.
+            Err(_) if sweep_if_due(flow.seen) => {
+                FLOWS.insert(key, flow, BPF_NOEXIST as u64).map_err(|_| Full)
+            }
             Err(_) => Err(Full),
         }
     }

@@ -248,6 +248,14 @@ impl Applier {
         }
     }
 
+    /// Takes expired flows out of the table.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn sweep(&mut self) -> Result<(), DatapathError> {
+        self.datapath.sweep()
+    }
+
     /// Replaces the settings that programs read.
     ///
     /// # Errors

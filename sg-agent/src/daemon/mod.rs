@@ -74,6 +74,8 @@ pub struct Options {
     pub resolve: resolve::Settings,
     /// The data path's settings.
     pub config: Config,
+    /// Whether every dropped packet is logged.
+    pub log_drops: bool,
     /// Whether enforcement ends with the agent.
     pub detach_on_exit: bool,
 }
@@ -91,6 +93,9 @@ enum Event {
 /// How long connections through the proxy may go on after the agent was told to end.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// How often expired flows are taken out of the table. They count for nothing before that, but take up room.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+
 /// Runs until a signal ends it.
 ///
 /// # Errors
@@ -98,11 +103,16 @@ const GRACE: Duration = Duration::from_secs(2);
 /// machine. Once it runs, nothing that it hears ends it.
 pub async fn run(options: Options) -> Result<()> {
     let _lock = lock::take(&options.places.state_dir)?;
+    raise_open_files();
     let mark = proxy_mark();
     let config = Config { proxy_mark: mark, ..options.config };
-    let (datapath, maps) =
-        tokio::task::block_in_place(|| Datapath::load(&config, Some(Pins::new(&options.places.bpffs))))
-            .context("the data path cannot be set up")?;
+    let (mut datapath, maps) = tokio::task::block_in_place(|| {
+        Datapath::load(&config, Some(Pins::new(&options.places.bpffs)), options.log_drops)
+    })
+    .context("the data path cannot be set up")?;
+    if options.log_drops {
+        datapath.follow_drops().context("the programs' log cannot be read")?;
+    }
     let applier = Applier::new(datapath, maps, config);
 
     let shutdown = CancellationToken::new();
@@ -134,6 +144,8 @@ pub async fn run(options: Options) -> Result<()> {
     daemon.look().await;
     daemon.reconcile().await;
 
+    let mut sweeps = tokio::time::interval(SWEEP_INTERVAL);
+    sweeps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     loop {
@@ -144,6 +156,7 @@ pub async fn run(options: Options) -> Result<()> {
             },
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
+            _ = sweeps.tick() => daemon.sweep(),
             () = daemon.desk.next_deadline() => daemon.desk.expire(),
         }
     }
@@ -156,6 +169,16 @@ pub async fn run(options: Options) -> Result<()> {
         tracing::info!("enforcement stays on without the agent; 'sg-agent detach' ends it");
     }
     Ok(())
+}
+
+/// As many open files as the system lets this process have: a proxied connection takes two to six.
+fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::debug!(%error, "the limit of open files stays as it is");
+    }
 }
 
 /// A mark that nothing else on the machine is likely to use. Only what may set marks (CAP_NET_ADMIN in the host's
@@ -236,11 +259,7 @@ impl Pollers {
     fn want(&mut self, attachments: &[Attachment], warnings: &mut Vec<Warning>) {
         let mut wanted: BTreeMap<Hint, BTreeSet<InstanceId>> = BTreeMap::from([((None, None), BTreeSet::new())]);
         for attachment in attachments {
-            // One file is all scopes.
-            let hint = match self.origins {
-                Origins::File(_) => (None, None),
-                Origins::Endpoint(_) => (attachment.account.clone(), attachment.region.clone()),
-            };
+            let hint = (attachment.account.clone(), attachment.region.clone());
             wanted.entry(hint).or_default().insert(attachment.instance.clone());
         }
         self.running.retain(|hint, _| wanted.contains_key(hint));
@@ -342,6 +361,12 @@ impl Daemon {
                 self.looked_error = Some(text);
             }
         }
+        if let Origins::File(_) = self.pollers.origins {
+            // One file is all accounts and regions.
+            for attachment in &mut self.discovered.attachments {
+                (attachment.account, attachment.region) = (None, None);
+            }
+        }
         self.looked = Some(began);
         let mut warnings = Vec::new();
         self.pollers.want(&self.discovered.attachments, &mut warnings);
@@ -391,6 +416,12 @@ impl Daemon {
         self.looked_error.is_none()
             && self.pollers.running.values().all(|poller| poller.last_success().is_some())
             && self.discovered.attachments.iter().all(|attachment| !self.is_new(&attachment.instance.0))
+    }
+
+    fn sweep(&mut self) {
+        if let Err(error) = tokio::task::block_in_place(|| self.applier.sweep()) {
+            tracing::warn!(%error, "expired flows stay in the table");
+        }
     }
 
     /// The ports that flags and containers publish.

@@ -6,6 +6,7 @@
 //! and carried over, so an agent that dies or is replaced cuts nothing.
 
 mod attach;
+mod drops;
 mod mapped;
 mod maps;
 mod pins;
@@ -18,7 +19,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use aya::maps::IterableMap;
-use aya::programs::{ProgramError, SchedClassifier};
+use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use sg_common::abi::{self, Config, Direction};
 
@@ -98,12 +99,14 @@ pub struct Datapath {
 
 impl Datapath {
     /// Loads programs and maps. With `pins`, what packets wrote under an earlier agent is carried over if its layout
-    /// is this one's.
+    /// is this one's. `log_drops` makes the programs tell of every packet that they drop; see [`Self::follow_drops`].
     ///
     /// # Errors
     /// Those of loading and of bpffs; nothing that is attached has been touched then.
-    pub fn load(config: &Config, pins: Option<Pins>) -> Result<(Self, Maps), DatapathError> {
+    pub fn load(config: &Config, pins: Option<Pins>, log_drops: bool) -> Result<(Self, Maps), DatapathError> {
         let mut loader = EbpfLoader::new();
+        let level = if log_drops { drops::LEVEL } else { 0 };
+        loader.override_global(aya_log::LEVEL, &level, true);
         let mut earlier = None;
         if let Some(pins) = &pins {
             if pins.prepare()? {
@@ -119,6 +122,9 @@ impl Datapath {
             let program = classifier(&mut ebpf, direction)?;
             program.load().map_err(|error| DatapathError::Program { program: name, error: Box::new(error) })?;
         }
+        let sweep: &mut SchedClassifier =
+            ebpf.program_mut(SWEEP).and_then(|program| program.try_into().ok()).ok_or(DatapathError::Map(SWEEP))?;
+        sweep.load().map_err(|error| DatapathError::Program { program: SWEEP, error: Box::new(error) })?;
         let mut maps = Maps::take(&mut ebpf)?;
         maps.set_config(&Config { layout: abi::LAYOUT, ..*config })?;
         Ok((Self { ebpf, pins, earlier }, maps))
@@ -130,6 +136,29 @@ impl Datapath {
     /// [`DatapathError::Map`] where the object isn't ours.
     pub fn program(&mut self, direction: Direction) -> Result<&mut SchedClassifier, DatapathError> {
         classifier(&mut self.ebpf, direction)
+    }
+
+    /// Takes expired flows out of the table. Packets do so themselves when it is full.
+    ///
+    /// # Errors
+    /// [`DatapathError::Program`]
+    pub fn sweep(&mut self) -> Result<(), DatapathError> {
+        /// The shortest frame that BPF_PROG_TEST_RUN takes: an Ethernet header (kernel: `bpf_prog_test_run_skb`).
+        const FRAME: [u8; 14] = [0; 14];
+        let sweep: &SchedClassifier =
+            self.ebpf.program(SWEEP).and_then(|program| program.try_into().ok()).ok_or(DatapathError::Map(SWEEP))?;
+        sweep
+            .test_run(TestRunOptions { data_in: Some(&FRAME), ..TestRunOptions::default() })
+            .map_err(|error| DatapathError::Program { program: SWEEP, error: Box::new(error) })?;
+        Ok(())
+    }
+
+    /// Passes on what the programs log.
+    ///
+    /// # Errors
+    /// Those of the ring buffer.
+    pub fn follow_drops(&mut self) -> anyhow::Result<()> {
+        drops::follow(&mut self.ebpf)
     }
 
     /// What an earlier agent left.
@@ -153,6 +182,9 @@ impl Datapath {
         self.pins.as_ref()
     }
 }
+
+/// The program that takes expired flows out of the table.
+const SWEEP: &str = "sweep";
 
 /// The name in the object of the program for a direction.
 fn program_name(direction: Direction) -> &'static str {
