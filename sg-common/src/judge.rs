@@ -219,12 +219,8 @@ impl Crossing<'_> {
         } else {
             packet.source_port
         };
-        let table = abi::table(self.groups.policy, origin);
         let query = Query { peer: self.peer(), protocol: packet.protocol, port };
-        match tables.policy(table) {
-            Some(policy) => policy::find(tables, table, &policy, self.interface.vpc, &query) != Match::None,
-            None => false,
-        }
+        tables.matches(abi::table(self.groups.policy, origin), self.interface.vpc, &query) != Match::None
     }
 
     /// Where an ICMP error quotes a tracked flow of this interface, and goes to the side that sent the quoted packet
@@ -291,7 +287,7 @@ impl Crossing<'_> {
         let there = abi::table(self.groups.policy, self.direction.reverse());
         let forth = tables.policy(here).ok_or(Drop::Inconsistent)?;
         let back = tables.policy(there).ok_or(Drop::Inconsistent)?;
-        let matched = policy::find(tables, here, &forth, self.interface.vpc, &self.query());
+        let matched = tables.matches(here, self.interface.vpc, &self.query());
         if matched == Match::None {
             return Err(Drop::NoRule);
         }
@@ -308,7 +304,7 @@ impl Crossing<'_> {
         }
         // TCP or UDP that may as well belong to a flow from the other side: what do the rules say of that one?
         let reverse = Query { peer: self.peer(), protocol: packet.protocol, port: packet.source_port };
-        let reversed = policy::find(tables, there, &back, self.interface.vpc, &reverse);
+        let reversed = tables.matches(there, self.interface.vpc, &reverse);
         if reversed == Match::Any && forth.flags & free != 0 {
             return Ok(untracked);
         }
