@@ -17,8 +17,9 @@ pub trait Memory {
     /// Nanoseconds of a monotonic clock.
     fn now(&self) -> u64;
     /// A place for `packet`. The kernel's is one where the verifier forgets what it knows of each field: otherwise
-    /// everything that follows would be verified once for each way through the parser.
-    fn hold<'a>(&'a self, packet: &'a Packet) -> &'a Packet;
+    /// everything that follows would be verified once for each way through the parser. `None` only where the maps are
+    /// not the agent's.
+    fn hold<'a>(&'a self, packet: &'a Packet) -> Option<&'a Packet>;
     /// A flow's entry in the table.
     type Entry<'a>: DerefMut<Target = Flow>
     where
@@ -61,7 +62,7 @@ pub fn judge<M: Tables + Memory>(
         return guard::arp(maps, interface, direction, &ethernet, frame);
     }
     let packet = packet::ip(frame, &ethernet)?;
-    let packet = maps.hold(&packet);
+    let packet = maps.hold(&packet).ok_or(Drop::Inconsistent)?;
     if let Some(pass) = guard::check(maps, interface, direction, &ethernet, packet, frame)? {
         return Ok(pass);
     }
@@ -225,12 +226,8 @@ impl Crossing<'_> {
         } else {
             packet.source_port
         };
-        let table = abi::table(self.groups.policy, origin);
         let query = Query { peer: self.peer(), protocol: packet.protocol, port };
-        match tables.policy(table) {
-            Some(policy) => policy::find(tables, table, &policy, self.interface.vpc, &query) != Match::None,
-            None => false,
-        }
+        tables.matches(abi::table(self.groups.policy, origin), self.interface.vpc, &query) != Match::None
     }
 
     /// Where an ICMP error quotes a tracked flow of this interface, and goes to the side that sent the quoted packet
@@ -297,7 +294,7 @@ impl Crossing<'_> {
         let there = abi::table(self.groups.policy, self.direction.reverse());
         let forth = tables.policy(here).ok_or(Drop::Inconsistent)?;
         let back = tables.policy(there).ok_or(Drop::Inconsistent)?;
-        let matched = policy::find(tables, here, &forth, self.interface.vpc, &self.query());
+        let matched = tables.matches(here, self.interface.vpc, &self.query());
         if matched == Match::None {
             return Err(Drop::NoRule);
         }
@@ -314,7 +311,7 @@ impl Crossing<'_> {
         }
         // TCP or UDP that may as well belong to a flow from the other side: what do the rules say of that one?
         let reverse = Query { peer: self.peer(), protocol: packet.protocol, port: packet.source_port };
-        let reversed = policy::find(tables, there, &back, self.interface.vpc, &reverse);
+        let reversed = tables.matches(there, self.interface.vpc, &reverse);
         if reversed == Match::Any && forth.flags & free != 0 {
             return Ok(untracked);
         }

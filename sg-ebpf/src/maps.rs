@@ -11,7 +11,7 @@ use sg_common::abi::*;
 use sg_common::addr::Address;
 use sg_common::judge::{Full, Memory};
 use sg_common::packet::Packet;
-use sg_common::policy::Tables;
+use sg_common::policy::{Match, Query, Tables, find};
 
 #[map]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
@@ -183,6 +183,27 @@ impl Tables for Maps {
         // SAFETY: see `interface`.
         unsafe { EXEMPT.get(ExemptKey { vpc, address: *address, port, protocol, pad: 0 }) }.is_some()
     }
+
+    #[inline(always)]
+    fn matches(&self, table: u32, vpc: u32, query: &Query) -> Match {
+        match find_rule(table, vpc, query.peer, (query.protocol as u32) << 16 | query.port as u32) {
+            1 => Match::Narrow,
+            2 => Match::Any,
+            _ => Match::None,
+        }
+    }
+}
+
+/// [`find`] as a function that the verifier knows as global: it is verified once, whatever its callers know.
+// VERIFIER: "BPF program is too large. Processed 1000001 insn" (6.12) where it is inlined in each of its places.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn find_rule(table: u32, vpc: u32, peer: *const Address, protocol_port: u32) -> u32 {
+    // SAFETY: `matches` passes a reference. The verifier has its caller pass that many bytes or null.
+    let Some(peer) = (unsafe { peer.as_ref() }) else { return Match::None as u32 };
+    let Some(policy) = POLICIES.get(table) else { return Match::None as u32 };
+    let query = Query { peer, protocol: (protocol_port >> 16) as u8, port: protocol_port as u16 };
+    find(&Maps, table, policy, vpc, &query) as u32
 }
 
 impl Memory for Maps {
@@ -197,16 +218,15 @@ impl Memory for Maps {
 
     // VERIFIER: "BPF program is too large. Processed 1000001 insn" (6.18) with the packet on the stack.
     #[inline(always)]
-    fn hold<'a>(&'a self, packet: &'a Packet) -> &'a Packet {
-        match PACKET.get_ptr_mut(0) {
+    fn hold<'a>(&'a self, packet: &'a Packet) -> Option<&'a Packet> {
+        PACKET.get_ptr_mut(0).map(|place| {
             // SAFETY: this CPU's own entry; TC programs on one CPU don't interrupt each other. Only this line writes
             // it, so it is a valid packet. The black box keeps the compiler from reading it out of registers.
-            Some(place) => unsafe {
+            unsafe {
                 place.write(*packet);
                 &*core::hint::black_box(place)
-            },
-            None => packet,
-        }
+            }
+        })
     }
 
     type Entry<'a> = &'a mut Flow;

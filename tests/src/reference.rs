@@ -102,8 +102,8 @@ impl Memory for Reference {
         now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64 + self.config.clock_advance
     }
 
-    fn hold<'a>(&'a self, packet: &'a Packet) -> &'a Packet {
-        packet
+    fn hold<'a>(&'a self, packet: &'a Packet) -> Option<&'a Packet> {
+        Some(packet)
     }
 
     type Entry<'a> = RefMut<'a, Flow>;

@@ -7,6 +7,7 @@
 
 mod attach;
 mod drops;
+mod filter;
 mod mapped;
 mod maps;
 mod pins;

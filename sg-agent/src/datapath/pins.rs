@@ -9,6 +9,7 @@ use aya::maps::{Array, Map, MapData};
 use sg_common::abi::{self, Binding, Direction, Interface};
 
 use super::DatapathError;
+use super::filter::{self, has_tcx};
 
 /// The maps that packets write: a new set of programs goes on with them.
 const SHARED: [(&str, &str); 4] =
@@ -96,18 +97,14 @@ impl Pins {
     /// # Errors
     /// The first that was met.
     pub fn remove_link(&self, ifindex: u32) -> io::Result<bool> {
-        let one = remove(&self.link(ifindex, Direction::Ingress));
-        let other = remove(&self.link(ifindex, Direction::Egress));
+        let one = remove_attachment(&self.link(ifindex, Direction::Ingress));
+        let other = remove_attachment(&self.link(ifindex, Direction::Egress));
         Ok(one? | other?)
     }
 
     /// Where the link of one direction of a host-side link is pinned.
     pub(super) fn link(&self, ifindex: u32, direction: Direction) -> PathBuf {
-        let direction = match direction {
-            Direction::Ingress => "ingress",
-            Direction::Egress => "egress",
-        };
-        self.directory.join("links").join(format!("{ifindex}-{direction}"))
+        self.directory.join("links").join(format!("{ifindex}-{}", direction_name(direction)))
     }
 
     /// The indices of the links that have something pinned.
@@ -117,8 +114,7 @@ impl Pins {
     pub fn attached(&self) -> io::Result<Vec<u32>> {
         let mut indices = Vec::new();
         for name in list(&self.directory.join("links"))? {
-            let file = name.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            indices.extend(file.split_once('-').and_then(|(index, _)| index.parse::<u32>().ok()));
+            indices.extend(attachment(&name).map(|(ifindex, _)| ifindex));
         }
         indices.sort_unstable();
         indices.dedup();
@@ -129,8 +125,8 @@ impl Pins {
     pub fn remove_all(&self) -> DetachReport {
         let mut report = DetachReport::default();
         let links = self.directory.join("links");
-        report.links = report.remove_files(&links);
-        report.maps = report.remove_files(&self.directory);
+        report.links = report.remove_files(&links, remove_attachment);
+        report.maps = report.remove_files(&self.directory, remove);
         for directory in [&links, &self.directory] {
             match fs::remove_dir(directory) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => report.fail("remove", directory, &error),
@@ -143,7 +139,7 @@ impl Pins {
 
 impl DetachReport {
     /// Removes a directory's files; how many there were.
-    fn remove_files(&mut self, directory: &Path) -> usize {
+    fn remove_files(&mut self, directory: &Path, remove: fn(&Path) -> io::Result<bool>) -> usize {
         let paths = list(directory).unwrap_or_else(|error| {
             self.fail("list", directory, &error);
             Vec::new()
@@ -161,6 +157,33 @@ impl DetachReport {
     fn fail(&mut self, verb: &str, path: &Path, error: &io::Error) {
         self.errors.push(format!("cannot {verb} {}: {error}", path.display()));
     }
+}
+
+fn direction_name(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => "ingress",
+        Direction::Egress => "egress",
+    }
+}
+
+/// The link and direction that a file in `links` stands for.
+fn attachment(path: &Path) -> Option<(u32, Direction)> {
+    let (ifindex, name) = path.file_name()?.to_str()?.split_once('-')?;
+    let direction =
+        [Direction::Ingress, Direction::Egress].into_iter().find(|&direction| direction_name(direction) == name)?;
+    Some((ifindex.parse().ok()?, direction))
+}
+
+/// Removes a file of `links`, and the program from the link with it; whether there was one. A TCX link ends with its
+/// last reference, a filter doesn't.
+fn remove_attachment(path: &Path) -> io::Result<bool> {
+    if let Some((ifindex, direction)) = attachment(path)
+        && !has_tcx()
+        && path.exists()
+    {
+        filter::remove(ifindex, direction)?;
+    }
+    remove(path)
 }
 
 /// Removes a file; whether there was one.
