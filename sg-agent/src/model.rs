@@ -85,6 +85,8 @@ pub struct Inventory {
     pub instances: BTreeMap<InstanceId, Instance>,
     /// Managed prefix lists that rules refer to, at their latest version.
     pub prefix_lists: BTreeMap<PrefixListId, PrefixList>,
+    /// VPCs and their primary IPv4 networks.
+    pub vpcs: BTreeMap<VpcId, Ipv4Net>,
     /// Subnets.
     pub subnets: BTreeMap<SubnetId, Subnet>,
     /// Network ACLs.

@@ -241,6 +241,8 @@ impl Resolver {
         let mut addresses = attachment.addresses.clone();
         addresses.extend(known.iter().filter(|address| !attachment.addresses.contains(address)));
         desired.exempt.extend(self.settings.exempt.iter().map(|service| (vpc, service.clone())));
+        let network = placement.eni.and_then(|eni| inventory?.vpcs.get(eni.vpc.as_ref()?));
+        desired.exempt.extend(network.into_iter().flat_map(Service::of_vpc).map(|service| (vpc, service)));
         desired.exempt.extend(attachment.gateways.iter().flat_map(|&ip| Service::of_gateway(ip)).map(|s| (vpc, s)));
         Interface {
             link: attachment.link.name.clone(),
