@@ -108,16 +108,20 @@ async fn converse(stream: UnixStream, events: mpsc::Sender<Event>) {
     }
 }
 
+/// There is nobody to ask.
+#[derive(Debug, thiserror::Error)]
+#[error("no agent is running at {socket}; start one with 'sg-agent run', or pass its --state-dir", socket = socket.display())]
+pub struct NoAgent {
+    socket: PathBuf,
+}
+
 /// Asks the agent at `socket`.
 ///
 /// # Errors
-/// No agent is there, or it says that something is wrong.
+/// [`NoAgent`], or the agent says that something is wrong.
 pub async fn ask(socket: &Path, request: &Request) -> Result<Reply> {
     let stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => anyhow::anyhow!(
-            "no agent is running at {}; start one with 'sg-agent run', or pass its --state-dir",
-            socket.display()
-        ),
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => NoAgent { socket: socket.to_owned() }.into(),
         io::ErrorKind::PermissionDenied => {
             anyhow::anyhow!("may not talk to the agent at {}; run this as root (sudo)", socket.display())
         }

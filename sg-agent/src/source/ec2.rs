@@ -25,6 +25,9 @@ use super::wire;
 use super::{SourceError, Wanted};
 use crate::model::{GroupId, Inventory, Scope};
 
+/// An instance that there isn't.
+const NOBODY: &str = "i-00000000000000000";
+
 /// The values that AWS takes in one filter.
 const FILTER_VALUES: usize = 200;
 
@@ -120,7 +123,11 @@ impl Ec2 {
     }
 
     /// The wanted instances first, then their groups, then what those refer to: three rounds, whatever else is there.
-    async fn of(&self, instances: BTreeSet<String>) -> Result<Facts, SourceError> {
+    async fn of(&self, mut instances: BTreeSet<String>) -> Result<Facts, SourceError> {
+        if instances.is_empty() {
+            // Still asked, so that an endpoint that doesn't answer is known before anybody depends on it.
+            instances.insert(NOBODY.to_owned());
+        }
         let mut reservations = self.filtered::<DescribeInstances>("instance-id", &instances).await?;
         let live = || live_instances(&reservations);
         let in_groups: BTreeSet<String> = live().flat_map(all_groups).map(|id| id.to_string()).collect();
