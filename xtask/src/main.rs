@@ -11,6 +11,7 @@ mod moto;
 mod run;
 mod test;
 mod ui;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;
