@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use clap::Parser as _;
 use sg_agent::cli::{Cli, Command, DetachArgs, ExplainArgs, IcmpErrors, NoGroup, OnRevoke, RunArgs, StatusArgs};
 use sg_agent::conntrack_settings::timeouts;
-use sg_agent::daemon::{self, LockError, NoAgent, Options, Origins, Places, Reply, Request, ask};
+use sg_agent::daemon::{self, LockError, NotRunning, Options, Origins, Places, Reply, Request, ask};
 use sg_agent::datapath::Pins;
 use sg_agent::exempt::Service;
 use sg_agent::source::Ec2Options;
@@ -106,7 +106,7 @@ async fn status(places: &Places, args: &StatusArgs) -> Result<ExitCode> {
     Ok(if status.enforced { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// The agent may be starting up as well as catching up.
+/// The agent may be starting up as well as catching up; one that was killed has left its socket.
 async fn wait_for(places: &Places, patience: Duration) -> Result<()> {
     let socket = places.socket();
     let until = tokio::time::Instant::now() + patience;
@@ -114,7 +114,7 @@ async fn wait_for(places: &Places, patience: Duration) -> Result<()> {
         let left = until.saturating_duration_since(tokio::time::Instant::now());
         match ask(&socket, &Request::Sync { seconds: left.as_secs_f64() }).await {
             Ok(_) => return Ok(()),
-            Err(error) if !left.is_zero() && error.is::<NoAgent>() => {
+            Err(error) if !left.is_zero() && error.is::<NotRunning>() => {
                 tokio::time::sleep(Duration::from_millis(50).min(left)).await;
             }
             Err(error) => return Err(error),

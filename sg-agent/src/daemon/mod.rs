@@ -19,7 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-pub use self::control::{NoAgent, Reply, Request, ask};
+pub use self::control::{NotRunning, Reply, Request, ask};
 pub use self::lock::{LockError, take as lock};
 use self::poll::{Polled, Poller};
 use self::state::Desk;
