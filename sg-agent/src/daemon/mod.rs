@@ -85,7 +85,7 @@ enum Event {
     /// Links or containers may have changed.
     Look,
     /// An endpoint or file was read.
-    Polled(Polled),
+    Polled(Box<Polled>),
     /// Somebody asks.
     Asked(Request, oneshot::Sender<Reply>),
 }
@@ -312,7 +312,7 @@ impl Daemon {
                 self.reconcile().await;
             }
             Event::Polled(polled) => {
-                self.take(polled);
+                self.take(*polled);
                 self.reconcile().await;
             }
             Event::Asked(Request::Status, reply) => {

@@ -73,7 +73,7 @@ impl Poller {
                     .await
                     .map(|inventory| (ec2.scope().clone(), inventory));
                 pause = if result.is_ok() { interval } else { (pause * 2).min(LONGEST_PAUSE) };
-                let polled = Polled { hint: hint.clone(), began, asked_for, result };
+                let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, result });
                 if events.send(Event::Polled(polled)).await.is_err() {
                     return;
                 }
@@ -102,7 +102,7 @@ impl Poller {
                 let stamp = stamp(&path).await;
                 let asked_for = wishes.borrow_and_update().clone();
                 let result = RulesFile::load(&path).map(|inventory| (its_scope.clone(), inventory));
-                let polled = Polled { hint: hint.clone(), began, asked_for, result };
+                let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, result });
                 if events.send(Event::Polled(polled)).await.is_err() {
                     return;
                 }
