@@ -15,6 +15,8 @@ mod fragments;
 mod groups;
 #[path = "kernel/icmp.rs"]
 mod icmp;
+#[path = "kernel/live.rs"]
+mod live;
 #[path = "kernel/malformed.rs"]
 mod malformed;
 #[path = "kernel/neighbor.rs"]

@@ -31,6 +31,7 @@ use crate::proxy::{self, Proxy};
 use crate::resolve::{self, Resolver, World};
 use crate::source::Ec2Options;
 use crate::status::{SourceStatus, Status};
+use crate::{explain, live};
 
 /// Where this agent's files are; every subcommand has these.
 #[derive(Clone, Debug)]
@@ -319,11 +320,7 @@ impl Daemon {
                 let _ = reply.send(Reply::Status(Box::new(self.status())));
             }
             Event::Asked(Request::Explain(query), reply) => {
-                let answer = crate::explain::explain(&self.applier.snapshot(), &query);
-                let _ = reply.send(match answer {
-                    Ok(explanation) => Reply::Explanation(explanation),
-                    Err(error) => Reply::Error(error.to_string()),
-                });
+                let _ = reply.send(self.explain(&query));
             }
             Event::Asked(Request::Sync { seconds }, reply) => {
                 let asked = Instant::now();
@@ -418,6 +415,20 @@ impl Daemon {
         self.looked_error.is_none()
             && self.pollers.running.values().all(|poller| poller.last_success().is_some())
             && self.discovered.attachments.iter().all(|attachment| !self.is_new(&attachment.instance.0))
+    }
+
+    fn explain(&mut self, query: &explain::Query) -> Reply {
+        let mut explanation = match explain::explain(&self.applier.snapshot(), query) {
+            Ok(explanation) => explanation,
+            Err(error) => return Reply::Error(error.to_string()),
+        };
+        if query.live {
+            let verified = tokio::task::block_in_place(|| live::verify(&mut self.applier, query, &mut explanation));
+            if let Err(error) = verified {
+                return Reply::Error(format!("the kernel could not be asked: {error}"));
+            }
+        }
+        Reply::Explanation(explanation)
     }
 
     fn sweep(&mut self) {

@@ -11,6 +11,7 @@ mod filter;
 mod mapped;
 mod maps;
 mod pins;
+mod trial;
 
 pub use attach::Hook;
 pub use maps::{Maps, absent_is_fine};
@@ -119,8 +120,8 @@ impl Datapath {
         loader.override_global(aya_log::LEVEL, &level, true);
         let (mut earlier, mut lock) = (None, None);
         if let Some(pins) = &pins {
-            let has_flows = pins.prepare()?;
-            lock = pins.lock()?;
+            let has_flows;
+            (lock, has_flows) = pins.prepare()?;
             if has_flows {
                 earlier = pins.earlier().map(|(interfaces, epoch)| Earlier { interfaces, epoch });
             }

@@ -29,7 +29,7 @@ fn explain_says_what_happens() {
                         let peer = lab
                             .addresses("b")
                             .iter()
-                            .find(|peer| peer.is_ipv4() == !address.contains(':'))
+                            .find(|peer| peer.is_ipv4() != address.contains(':'))
                             .map(ToString::to_string);
                         let from = format!("i-{from}");
                         let out = ["--egress", "--to", &from, "--from", peer.as_deref().expect("of the family")];
