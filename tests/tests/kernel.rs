@@ -15,6 +15,8 @@ mod fragments;
 mod groups;
 #[path = "kernel/icmp.rs"]
 mod icmp;
+#[path = "kernel/limits.rs"]
+mod limits;
 #[path = "kernel/live.rs"]
 mod live;
 #[path = "kernel/malformed.rs"]

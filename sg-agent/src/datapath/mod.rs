@@ -151,19 +151,19 @@ impl Datapath {
         classifier(&mut self.ebpf, direction)
     }
 
-    /// Takes expired flows out of the table. Packets do so themselves when it is full.
+    /// Takes expired flows out of the table, and returns how many live. Packets do so themselves when it is full.
     ///
     /// # Errors
     /// [`DatapathError::Program`]
-    pub fn sweep(&mut self) -> Result<(), DatapathError> {
+    pub fn sweep(&mut self) -> Result<u32, DatapathError> {
         /// The shortest frame that BPF_PROG_TEST_RUN takes: an Ethernet header (kernel: `bpf_prog_test_run_skb`).
         const FRAME: [u8; 14] = [0; 14];
         let sweep: &SchedClassifier =
             self.ebpf.program(SWEEP).and_then(|program| program.try_into().ok()).ok_or(DatapathError::Map(SWEEP))?;
-        sweep
+        let result = sweep
             .test_run(TestRunOptions { data_in: Some(&FRAME), ..TestRunOptions::default() })
             .map_err(|error| DatapathError::Program { program: SWEEP, error: Box::new(error) })?;
-        Ok(())
+        Ok(result.return_value)
     }
 
     /// Passes on what the programs log.
