@@ -27,12 +27,21 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let engine = Engine::ensure()?;
     ui::step(&format!("making the image {}", options.tag));
     import(&engine, &agent, &options.tag)?;
-    println!(
-        "docker run -d --privileged --network host --pid host -v /sys/fs/bpf:/sys/fs/bpf -v /run/netns:/run/netns \\\n    \
-         -v /var/run/docker.sock:/var/run/docker.sock -v /run/sg-agent:/run/sg-agent {} run --endpoint-url URL",
-        options.tag
-    );
+    println!("{}", how_to_run(&options.tag));
     Ok(ExitCode::SUCCESS)
+}
+
+/// What it needs of a privileged container's rights: to load programs and enter namespaces, to attach them to links, and
+/// to look into other containers' `/proc` entries. `--privileged` does as well.
+fn how_to_run(tag: &str) -> String {
+    let lines = [
+        "docker run -d --network host --pid host",
+        "--cap-add SYS_ADMIN --cap-add NET_ADMIN --cap-add SYS_PTRACE --security-opt apparmor=unconfined",
+        "-v /sys/fs/bpf:/sys/fs/bpf -v /run/netns:/run/netns -v /run/sg-agent:/run/sg-agent",
+        "-v /var/run/docker.sock:/var/run/docker.sock",
+        &format!("{tag} run --endpoint-url URL"),
+    ];
+    lines.join(" \\\n    ")
 }
 
 /// Makes the image of an agent that was built.

@@ -1,4 +1,5 @@
-//! The agent itself as a privileged container, as a DaemonSet would run it.
+//! The agent itself as a container, as a DaemonSet would run it. With what it needs of a privileged one's rights, as not
+//! every machine that can run it has all of them to give.
 
 use tests::e2e::{Agent, Attempt, Container, engine, said};
 
@@ -19,10 +20,11 @@ fn the_agent_runs_in_a_container() {
     let cleaner = Agent::new(None);
     let bpffs = cleaner.bpffs().display().to_string();
     let socket = format!("{}:/var/run/docker.sock", engine().display());
-    let host = ["--privileged", "--network", "host", "--pid", "host"];
+    let host = ["--network", "host", "--pid", "host", "--security-opt", "apparmor=unconfined"];
+    let rights = ["--cap-add", "SYS_ADMIN", "--cap-add", "NET_ADMIN", "--cap-add", "SYS_PTRACE"];
     let mounts = ["-v", "/sys/fs/bpf:/sys/fs/bpf", "-v", "/run/netns:/run/netns", "-v", &socket];
     let credentials = ["-e", "AWS_ACCESS_KEY_ID=test", "-e", "AWS_SECRET_ACCESS_KEY=test"];
-    let options = [&host[..], &mounts, &credentials].concat();
+    let options = [&host[..], &rights, &mounts, &credentials].concat();
     let url = stage.moto.url();
     let command = ["--bpffs", &bpffs, "run", "--poll-interval", "0.2", "--endpoint-url", &url];
     let agent: Container = stage.docker.run_image(&image(), &options, &command);
