@@ -304,7 +304,7 @@ fn sentence(gate: &Gate, question: &Question, has_no_group: bool, rules_allow: b
             let lack = if mismatch == "peer" {
                 format!("{} is not in it", gate.peer)
             } else {
-                "that is something else".into()
+                format!("this is {}", question_text(question.protocol, question.port))
             };
             text +=
                 &format!("; nearest is {} of {} ({}, {}), but {lack}", rule.id, rule.group, rule.traffic, rule.peer);

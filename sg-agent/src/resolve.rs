@@ -237,10 +237,20 @@ impl Resolver {
         let acl = subnet.and_then(|subnet| self.acl(inventory?, &placement.scope, &subnet.id, desired));
         let subnet_number =
             subnet.filter(|_| acl.is_some()).map(|s| self.subnets.of(&(placement.scope.clone(), s.id.clone())));
-        let known = placement.eni.map(|eni| eni.addresses.as_slice()).unwrap_or_default();
+        let known = placement.eni.into_iter().flat_map(Eni::private_addresses);
         let mut addresses = attachment.addresses.clone();
-        addresses.extend(known.iter().filter(|address| !attachment.addresses.contains(address)));
+        addresses.extend(known.filter(|address| !attachment.addresses.contains(address)));
+        for prefix in placement.eni.into_iter().flat_map(Eni::unlisted_prefixes) {
+            desired.warnings.insert(Warning {
+                subject: attachment.instance.to_string(),
+                problem: format!(
+                    "has the delegated prefix {prefix}, too large to be listed: it is not its own address"
+                ),
+            });
+        }
         desired.exempt.extend(self.settings.exempt.iter().map(|service| (vpc, service.clone())));
+        let network = placement.eni.and_then(|eni| inventory?.vpcs.get(eni.vpc.as_ref()?));
+        desired.exempt.extend(network.into_iter().flat_map(Service::of_vpc).map(|service| (vpc, service)));
         desired.exempt.extend(attachment.gateways.iter().flat_map(|&ip| Service::of_gateway(ip)).map(|s| (vpc, s)));
         Interface {
             link: attachment.link.name.clone(),
@@ -444,7 +454,7 @@ impl Resolver {
                 for (seer_scope, seer) in seers(world, scope, &vpc) {
                     let number = self.vpcs.of(&(seer_scope, seer));
                     let real = real.get(&(scope, &eni.id)).map(Vec::as_slice).unwrap_or_default();
-                    for &address in eni.addresses.iter().chain(real) {
+                    for address in eni.private_addresses().chain(real.iter().copied()) {
                         let member = desired.members.entry((number, address)).or_default();
                         member.groups.extend(&groups);
                         member.subnet = member.subnet.or(subnet);

@@ -105,12 +105,13 @@ pub fn is_icmp_answer(packet: &Packet) -> bool {
     packet.is_icmp() && matches!(icmp_query(packet.is_v4(), packet.icmp_type()), Some((_, true)))
 }
 
-/// The type of the query that a packet's ICMP flow began with, as rules are asked for it: type << 8, code 0.
+/// The type and code of the query that a packet's ICMP flow began with, as rules are asked for them. An answer doesn't
+/// tell the query's code, which is 0 in every query that there is.
 #[inline(always)]
 pub fn icmp_request(packet: &Packet) -> u16 {
     match icmp_query(packet.is_v4(), packet.icmp_type()) {
-        Some((kind, _)) => (kind as u16) << 8,
-        None => packet.destination_port,
+        Some((kind, true)) => (kind as u16) << 8,
+        _ => packet.destination_port,
     }
 }
 

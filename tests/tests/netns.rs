@@ -1,19 +1,47 @@
 //! The agent in network namespaces, with `--rules` and `--attach`: what real sockets get through. Each test makes its
 //! own network and its own agent, so that they can run at the same time.
 
+#[path = "netns/bad_input.rs"]
+mod bad_input;
+#[path = "netns/flows.rs"]
+mod flows;
+#[path = "netns/groups.rs"]
+mod groups;
+#[path = "netns/links.rs"]
+mod links;
+#[path = "netns/observe.rs"]
+mod observe;
+#[path = "netns/proxy.rs"]
+mod proxy;
+#[path = "netns/restart.rs"]
+mod restart;
 #[path = "netns/rules.rs"]
 mod rules;
+#[path = "netns/spoofing.rs"]
+mod spoofing;
+
+use std::panic::resume_unwind;
+use std::thread;
 
 use tests::e2e::Attempt;
 
 /// All of them must get through.
-#[track_caller]
 fn pass<'a>(attempts: impl IntoIterator<Item = Attempt<'a>>) {
-    attempts.into_iter().for_each(|attempt| attempt.passes());
+    try_all(attempts.into_iter().map(|attempt| (attempt, true)));
 }
 
 /// All of them must disappear without an answer.
-#[track_caller]
 fn vanish<'a>(attempts: impl IntoIterator<Item = Attempt<'a>>) {
-    attempts.into_iter().for_each(|attempt| attempt.vanishes());
+    try_all(attempts.into_iter().map(|attempt| (attempt, false)));
+}
+
+/// Makes all the attempts at the same time.
+fn try_all<'a>(attempts: impl IntoIterator<Item = (Attempt<'a>, bool)>) {
+    thread::scope(|scope| {
+        let tries: Vec<_> =
+            attempts.into_iter().map(|(attempt, allowed)| scope.spawn(move || attempt.passes_if(allowed))).collect();
+        for one in tries {
+            one.join().unwrap_or_else(|panic| resume_unwind(panic));
+        }
+    });
 }

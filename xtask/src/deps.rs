@@ -46,7 +46,8 @@ pub const fn tool(program: &'static str, package: &'static str, why: &'static st
 
 /// Where a tool is that [`ensure_tools`] made sure of.
 pub fn find(tool: &Tool) -> Result<PathBuf> {
-    cmd::find(tool.program).with_context(|| format!("{} isn't there after {} was installed", tool.program, tool.package))
+    cmd::find(tool.program)
+        .with_context(|| format!("{} isn't there after {} was installed", tool.program, tool.package))
 }
 
 /// Makes sure that the tools are there.

@@ -112,6 +112,8 @@ pub struct Applier {
     retired: Vec<Written>,
     epoch: u32,
     snapshot: Arc<Snapshot>,
+    /// What was last brought about.
+    last: Option<Desired>,
     started: bool,
 }
 
@@ -143,6 +145,7 @@ impl Applier {
             retired: Vec::new(),
             epoch,
             snapshot: Arc::default(),
+            last: None,
             started: false,
         }
     }
@@ -169,12 +172,22 @@ impl Applier {
     /// [`ApplyError`]; what was enforced before still is. Links that can't be attached to are no error but a warning
     /// in the snapshot: the others are enforced all the same.
     pub fn apply(&mut self, desired: &Desired, complete: bool) -> Result<Arc<Snapshot>, ApplyError> {
+        if self.is_enforced(desired) {
+            return Ok(self.snapshot());
+        }
         if complete || self.started {
             return self.commit(desired, complete);
         }
         let mut fresh = desired.clone();
         fresh.interfaces.retain(|&ifindex, _| !self.is_adopted(ifindex) || self.hooks.contains_key(&ifindex));
         self.commit(&fresh, false)
+    }
+
+    /// Whether there is nothing to do.
+    fn is_enforced(&self, desired: &Desired) -> bool {
+        self.started
+            && self.last.as_ref() == Some(desired)
+            && desired.interfaces.keys().all(|ifindex| self.hooks.contains_key(ifindex))
     }
 
     fn commit(&mut self, desired: &Desired, complete: bool) -> Result<Arc<Snapshot>, ApplyError> {
@@ -195,12 +208,16 @@ impl Applier {
             return Err(error);
         }
         let mut tables = self.snapshot.tables.clone();
-        let written = self.write_members(&members, &mut tables).and_then(|()| self.write_exempt(desired, &mut tables));
+        // Who leaves a group is out before rules change, who joins is in after: in between, nobody is allowed what
+        // neither the old state nor the new one allows.
+        let staying = common(&tables.members, &members);
+        let written = self.write_members(&staying, &mut tables).and_then(|()| self.write_exempt(desired, &mut tables));
         if let Err(error) = written {
             self.unstage(&staged);
             return Err(error);
         }
         self.bind(desired, staged, &mut tables)?;
+        self.write_members(&members, &mut tables)?;
         let mut interfaces = self.write_interfaces(desired)?;
         self.unbind(desired, &mut tables);
 
@@ -216,6 +233,7 @@ impl Applier {
             self.started = true;
         }
         tables.config = self.config;
+        self.last = Some(desired.clone());
         self.snapshot = Arc::new(Snapshot {
             generation: self.snapshot.generation + 1,
             interfaces,
@@ -579,6 +597,24 @@ fn members(desired: &Desired) -> Result<BTreeMap<(u32, IpAddr), abi::Member>, Ap
         members.insert((vpc, address), member);
     }
     Ok(members)
+}
+
+/// Those memberships of which the old state and the new one agree.
+fn common(
+    old: &BTreeMap<(u32, IpAddr), abi::Member>,
+    new: &BTreeMap<(u32, IpAddr), abi::Member>,
+) -> BTreeMap<(u32, IpAddr), abi::Member> {
+    let both = |old: &abi::Member, new: &abi::Member| {
+        let mut member =
+            abi::Member { subnet: if old.subnet == new.subnet { old.subnet } else { 0 }, ..Default::default() };
+        let of = |member: &abi::Member| member.groups.into_iter().take(member.count as usize).collect::<BTreeSet<_>>();
+        for group in of(old).intersection(&of(new)) {
+            member.groups[member.count as usize] = *group;
+            member.count += 1;
+        }
+        member
+    };
+    old.iter().filter_map(|(place, old)| Some((*place, both(old, new.get(place)?)))).collect()
 }
 
 /// Whether an address is in fewer groups than before.

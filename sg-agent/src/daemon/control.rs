@@ -45,6 +45,13 @@ pub enum Reply {
     Error(String),
 }
 
+/// Nobody listens at the control socket.
+#[derive(Debug, thiserror::Error)]
+#[error("no agent is running at {socket}; start one with 'sg-agent run', or pass its --state-dir", socket = socket.display())]
+pub struct NotRunning {
+    socket: PathBuf,
+}
+
 /// A line is a request; a longer one is nonsense.
 const LONGEST_REQUEST: usize = 64 * 1024;
 /// A status of a thousand instances has about half a MiB.
@@ -111,13 +118,10 @@ async fn converse(stream: UnixStream, events: mpsc::Sender<Event>) {
 /// Asks the agent at `socket`.
 ///
 /// # Errors
-/// No agent is there, or it says that something is wrong.
+/// [`NotRunning`], or the agent says that something is wrong.
 pub async fn ask(socket: &Path, request: &Request) -> Result<Reply> {
     let stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => anyhow::anyhow!(
-            "no agent is running at {}; start one with 'sg-agent run', or pass its --state-dir",
-            socket.display()
-        ),
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => NotRunning { socket: socket.to_owned() }.into(),
         io::ErrorKind::PermissionDenied => {
             anyhow::anyhow!("may not talk to the agent at {}; run this as root (sudo)", socket.display())
         }

@@ -19,7 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-pub use self::control::{Reply, Request, ask};
+pub use self::control::{NotRunning, Reply, Request, ask};
 pub use self::lock::{LockError, take as lock};
 use self::poll::{Polled, Poller};
 use self::state::Desk;
@@ -85,7 +85,7 @@ enum Event {
     /// Links or containers may have changed.
     Look,
     /// An endpoint or file was read.
-    Polled(Polled),
+    Polled(Box<Polled>),
     /// Somebody asks.
     Asked(Request, oneshot::Sender<Reply>),
 }
@@ -102,6 +102,9 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// What keeps it from starting: another agent holds the state directory, the kernel refuses, options contradict the
 /// machine. Once it runs, nothing that it hears ends it.
 pub async fn run(options: Options) -> Result<()> {
+    // First of all: one that comes while the agent starts must not be lost, nor end it halfway.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
     let _lock = lock::take(&options.places.state_dir)?;
     raise_open_files();
     let mark = proxy_mark();
@@ -146,8 +149,6 @@ pub async fn run(options: Options) -> Result<()> {
 
     let mut sweeps = tokio::time::interval(SWEEP_INTERVAL);
     sweeps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
     loop {
         tokio::select! {
             event = inbox.recv() => match event {
@@ -311,7 +312,7 @@ impl Daemon {
                 self.reconcile().await;
             }
             Event::Polled(polled) => {
-                self.take(polled);
+                self.take(*polled);
                 self.reconcile().await;
             }
             Event::Asked(Request::Status, reply) => {
@@ -408,6 +409,7 @@ impl Daemon {
         }
         let wanted = self.published();
         self.proxy_warnings = self.proxy.reconcile(wanted).await;
+        self.proxy_warnings.extend(self.unattached());
         self.tell();
     }
 
@@ -422,6 +424,17 @@ impl Daemon {
         if let Err(error) = tokio::task::block_in_place(|| self.applier.sweep()) {
             tracing::warn!(%error, "expired flows stay in the table");
         }
+    }
+
+    /// Published ports of instances that aren't attached here: every client is refused.
+    fn unattached(&self) -> Vec<Warning> {
+        let attached = |instance: &InstanceId| self.discovered.attachments.iter().any(|a| a.instance == *instance);
+        let missing = self.flags.iter().filter(|port| !attached(&port.instance));
+        let warn = |port: &proxy::PublishSpec| Warning {
+            subject: port.instance.to_string(),
+            problem: format!("is not attached here: clients of host port {} are refused until it is", port.host_port),
+        };
+        missing.map(warn).collect()
     }
 
     /// The ports that flags and containers publish.
@@ -468,10 +481,11 @@ impl Daemon {
 
     /// Answers those who wait for the desired state, once it is enforced.
     fn serve_waiting(&mut self) {
-        let Some(oldest) = self.pollers.running.values().map(Poller::last_success).min().flatten() else { return };
-        let problems = self.problems();
-        let since = oldest.min(self.looked.unwrap_or(oldest));
-        self.desk.serve(since, &problems);
+        let oldest = self.pollers.running.values().map(Poller::last_success).min().flatten();
+        let since = oldest.map(|oldest| oldest.min(self.looked.unwrap_or(oldest)));
+        let errors = self.pollers.running.values().filter_map(Poller::error);
+        let problems: Vec<String> = self.problems().into_iter().chain(errors).collect();
+        self.desk.serve(since, problems);
     }
 
     /// What keeps the desired state from being the enforced one.

@@ -17,11 +17,13 @@ pub use maps::{Maps, absent_is_fine};
 pub use pins::{DetachReport, Pins};
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::PathBuf;
 
 use aya::maps::IterableMap;
 use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfError, EbpfLoader};
+use nix::fcntl::Flock;
 use sg_common::abi::{self, Config, Direction};
 
 /// The programs' object file, built by `cargo xtask build` and put into the executable.
@@ -70,6 +72,12 @@ pub enum DatapathError {
         /// Why.
         error: std::io::Error,
     },
+    /// Another agent has the directory.
+    #[error("another sg-agent uses {path}; give each agent its own --bpffs (and --state-dir)", path = path.display())]
+    PinsHeld {
+        /// The directory.
+        path: PathBuf,
+    },
     /// A map can't be mapped into memory.
     #[error("cannot map {map} into memory: {error}")]
     Mmap {
@@ -96,6 +104,7 @@ pub struct Datapath {
     pins: Option<Pins>,
     /// What an earlier agent left.
     earlier: Option<Earlier>,
+    _lock: Option<Flock<File>>,
 }
 
 impl Datapath {
@@ -108,9 +117,11 @@ impl Datapath {
         let mut loader = EbpfLoader::new();
         let level = if log_drops { drops::LEVEL } else { 0 };
         loader.override_global(aya_log::LEVEL, &level, true);
-        let mut earlier = None;
+        let (mut earlier, mut lock) = (None, None);
         if let Some(pins) = &pins {
-            if pins.prepare()? {
+            let has_flows = pins.prepare()?;
+            lock = pins.lock()?;
+            if has_flows {
                 earlier = pins.earlier().map(|(interfaces, epoch)| Earlier { interfaces, epoch });
             }
             for (name, path) in pins.shared_maps() {
@@ -128,7 +139,7 @@ impl Datapath {
         sweep.load().map_err(|error| DatapathError::Program { program: SWEEP, error: Box::new(error) })?;
         let mut maps = Maps::take(&mut ebpf)?;
         maps.set_config(&Config { layout: abi::LAYOUT, ..*config })?;
-        Ok((Self { ebpf, pins, earlier }, maps))
+        Ok((Self { ebpf, pins, earlier, _lock: lock }, maps))
     }
 
     /// The program for one direction, for running it on test packets.

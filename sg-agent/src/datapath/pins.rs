@@ -5,6 +5,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
 use aya::maps::{Array, Map, MapData};
 use sg_common::abi::{self, Binding, Direction, Interface};
 
@@ -46,6 +50,7 @@ impl Pins {
             let path = path.to_owned();
             move |error| DatapathError::Pins { path, error }
         };
+        self.check_file_system()?;
         let links = self.directory.join("links");
         fs::create_dir_all(&links).map_err(fail(&links))?;
         let current = format!("-v{}", abi::LAYOUT);
@@ -56,6 +61,37 @@ impl Pins {
             }
         }
         Ok(self.map("flows").exists())
+    }
+
+    /// Pins live on bpffs only; on any other file system the directory isn't even made.
+    fn check_file_system(&self) -> Result<(), DatapathError> {
+        let fail = |error| DatapathError::Pins { path: self.directory.clone(), error };
+        let existing = self.directory.ancestors().find(|path| path.exists());
+        let existing = existing.ok_or_else(|| fail(io::ErrorKind::NotFound.into()))?;
+        let statistics = statfs(existing).map_err(|error| fail(error.into()))?;
+        if statistics.filesystem_type() == BPF_FS_MAGIC {
+            return Ok(());
+        }
+        Err(fail(io::Error::other(format!("{} is not on a bpf file system", existing.display()))))
+    }
+
+    /// Takes the directory for this process: two agents with one directory would take each other's programs off.
+    /// `None` where there is no directory.
+    ///
+    /// # Errors
+    /// [`DatapathError::PinsHeld`]
+    pub fn lock(&self) -> Result<Option<Flock<fs::File>>, DatapathError> {
+        let fail = |error| DatapathError::Pins { path: self.directory.clone(), error };
+        let directory = match fs::File::open(&self.directory) {
+            Ok(directory) => directory,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(fail(error)),
+        };
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(lock)),
+            Err((_, Errno::EWOULDBLOCK)) => Err(DatapathError::PinsHeld { path: self.directory.clone() }),
+            Err((_, error)) => Err(fail(error.into())),
+        }
     }
 
     /// The file of a map; its name has the layout, so that another one's is never taken for it. (No dot: bpffs refuses it.)

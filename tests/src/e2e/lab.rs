@@ -22,6 +22,7 @@ pub struct LabBuilder {
     world: World,
     agent: Agent,
     rules: Rules,
+    attach: Vec<String>,
 }
 
 impl Lab {
@@ -34,9 +35,8 @@ impl Lab {
         for instance in &world.instances {
             let group = format!("sg-{}", instance.name);
             rules.ingress(&group, &[]).instance(&instance.id(), &[&group], &instance.addresses());
-            agent.arguments(["--attach".to_owned(), format!("{}={}", instance.id(), instance.link)]);
         }
-        LabBuilder { world, agent, rules }
+        LabBuilder { world, agent, rules, attach: names.iter().map(|name| (*name).to_owned()).collect() }
     }
 
     /// Changes the rules, and waits until they are enforced.
@@ -122,9 +122,24 @@ impl LabBuilder {
         self
     }
 
+    /// Names only these instances to the agent.
+    #[must_use]
+    pub fn attach(self, names: &[&str]) -> Self {
+        Self { attach: names.iter().map(|name| (*name).to_owned()).collect(), ..self }
+    }
+
+    /// Takes an instance's link away, before the agent has seen it.
+    pub fn unplug(&self, name: &str) {
+        self.world.unplug(name);
+    }
+
     /// Starts the agent, and waits until the rules are enforced.
     #[track_caller]
     pub fn start(mut self) -> Lab {
+        for name in &self.attach {
+            let instance = self.world.instance(name);
+            self.agent.arguments(["--attach".to_owned(), format!("{}={}", instance.id(), instance.link)]);
+        }
         self.rules.write();
         self.agent.start().wait();
         Lab { agent: self.agent, rules: self.rules, world: self.world, servers: Vec::new() }

@@ -3,8 +3,8 @@
 
 mod agent;
 //mod docker;
-//mod endpoint;
-//mod frames;
+mod endpoint;
+mod frames;
 mod lab;
 //mod moto;
 mod namespace;
@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 
 pub use agent::Agent;
 //pub use docker::{Container, Docker, DockerProxy, Network};
-//pub use endpoint::Endpoint;
-//pub use frames::{arp_reply, fragmented, send_frame, send_raw_udp};
+pub use endpoint::Endpoint;
+pub use frames::{arp_reply, send_frame};
 pub use lab::{Lab, LabBuilder};
 //pub use moto::Moto;
 pub use namespace::Namespace;

@@ -1,7 +1,7 @@
 //! Attempts to reach somebody, and what came of them. Each is made by real sockets in the namespace of who tries.
 
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
@@ -21,6 +21,8 @@ pub struct Attempt<'a> {
     to: SocketAddr,
     by: By,
     source: Option<IpAddr>,
+    /// Whether `source` isn't one of theirs.
+    spoofed: bool,
     size: usize,
 }
 
@@ -47,7 +49,7 @@ enum Outcome {
 impl<'a> Attempt<'a> {
     /// To connect by TCP and get an echo.
     pub fn tcp(from: &'a Namespace, to: IpAddr, port: u16) -> Self {
-        Self { from, to: (to, port).into(), by: By::Tcp, source: None, size: 8 }
+        Self { from, to: (to, port).into(), by: By::Tcp, source: None, spoofed: false, size: 8 }
     }
 
     /// To get a datagram echoed.
@@ -64,6 +66,12 @@ impl<'a> Attempt<'a> {
     #[must_use]
     pub fn from_address(self, source: IpAddr) -> Self {
         Self { source: Some(source), ..self }
+    }
+
+    /// From an address that isn't theirs.
+    #[must_use]
+    pub fn spoofed(self, source: IpAddr) -> Self {
+        Self { source: Some(source), spoofed: true, ..self }
     }
 
     /// With so many bytes.
@@ -128,9 +136,7 @@ impl<'a> Attempt<'a> {
 
     fn connect(&self, patience: Duration) -> std::io::Result<()> {
         let socket = Socket::new(Domain::for_address(self.to), Type::STREAM, Some(Protocol::TCP))?;
-        if let Some(source) = self.source {
-            socket.bind(&SocketAddr::new(source, 0).into())?;
-        }
+        self.bind(&socket)?;
         socket.connect_timeout(&self.to.into(), patience)?;
         let mut stream = Stream::new(socket.into());
         // A connection that is open and says nothing is neither an answer nor silence.
@@ -141,16 +147,28 @@ impl<'a> Attempt<'a> {
         })
     }
 
+    fn bind(&self, socket: &Socket) -> std::io::Result<()> {
+        let Some(source) = self.source else { return Ok(()) };
+        if self.spoofed && source.is_ipv4() {
+            socket.set_ip_transparent_v4(true)?;
+        } else if self.spoofed {
+            socket.set_freebind_v6(true)?;
+        }
+        socket.bind(&SocketAddr::new(source, 0).into())
+    }
+
     /// Sends again and again, as whoever uses UDP has to.
     fn send(&self, patience: Duration) -> std::io::Result<()> {
         let end = Instant::now() + patience;
         let mut number = 0_u16;
-        let socket: UdpSocket = match (self.by, self.to) {
-            (By::Udp, SocketAddr::V4(_)) => UdpSocket::bind((self.source.unwrap_or(Ipv4Addr::UNSPECIFIED.into()), 0))?,
-            (By::Udp, SocketAddr::V6(_)) => UdpSocket::bind((self.source.unwrap_or(Ipv6Addr::UNSPECIFIED.into()), 0))?,
-            (_, SocketAddr::V4(_)) => Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::ICMPV4))?.into(),
-            (_, SocketAddr::V6(_)) => Socket::new(Domain::IPV6, Type::DGRAM, Some(Protocol::ICMPV6))?.into(),
+        let protocol = match (self.by, self.to.is_ipv4()) {
+            (By::Ping, true) => Protocol::ICMPV4,
+            (By::Ping, false) => Protocol::ICMPV6,
+            _ => Protocol::UDP,
         };
+        let socket = Socket::new(Domain::for_address(self.to), Type::DGRAM, Some(protocol))?;
+        self.bind(&socket)?;
+        let socket = UdpSocket::from(socket);
         socket.connect(self.to)?;
         socket.set_read_timeout(Some(Duration::from_millis(150)))?;
         let mut buffer = vec![0; 1 << 16];
@@ -244,6 +262,18 @@ impl Stream {
         let result = self.exchange(SILENCE);
         let kind = result.as_ref().err().map(std::io::Error::kind);
         assert!(matches!(kind, Some(ErrorKind::WouldBlock | ErrorKind::TimedOut)), "it should be silent: {result:?}");
+    }
+
+    /// It must have been ended by the other side, or end now.
+    ///
+    /// # Panics
+    /// When it goes on, or is only silent.
+    #[track_caller]
+    pub fn is_over(&mut self) {
+        let result = self.exchange(PATIENCE);
+        let kind = result.as_ref().err().map(std::io::Error::kind);
+        let ends = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe, ErrorKind::UnexpectedEof];
+        assert!(kind.is_some_and(|kind| ends.contains(&kind)), "it should be over: {result:?}");
     }
 
     /// Says something new, and reads until it has come back.

@@ -29,7 +29,8 @@ impl Initramfs {
     /// Begins an archive, with the directories that every machine has.
     pub fn new(path: &Path) -> Result<Self> {
         let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
-        let mut archive = Self { path: path.to_owned(), file: BufWriter::new(file), written: 0, names: BTreeSet::new() };
+        let mut archive =
+            Self { path: path.to_owned(), file: BufWriter::new(file), written: 0, names: BTreeSet::new() };
         for directory in DIRECTORIES {
             archive.entry(directory, DIRECTORY, &[])?;
         }

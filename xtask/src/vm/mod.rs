@@ -26,8 +26,7 @@ const FIRMWARE: (&str, &str) = ("/usr/share/seabios/bios-256k.bin", "seabios");
 
 /// What the tests need and Debian's kernels have as modules, each after those that it depends on. One that a kernel
 /// has built in isn't there as a file.
-const MODULES: [&str; 9] =
-    ["llc", "stp", "bridge", "veth", "dummy", "sch_ingress", "cls_bpf", "inet_diag", "tcp_diag"];
+const MODULES: [&str; 9] = ["llc", "stp", "bridge", "veth", "dummy", "sch_ingress", "cls_bpf", "inet_diag", "tcp_diag"];
 
 /// A kernel, unpacked.
 struct Kernel {
@@ -144,12 +143,13 @@ impl Kernel {
     fn find(directory: &Path) -> Option<Self> {
         let only = |directory: PathBuf, prefix: &str| {
             let entries = fs::read_dir(directory).ok()?.flatten();
-            entries.map(|entry| entry.path()).find(|path| {
-                path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix))
-            })
+            entries
+                .map(|entry| entry.path())
+                .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix)))
         };
         // Debian 13's packages have their modules below usr.
-        let modules = only(directory.join("lib/modules"), "").or_else(|| only(directory.join("usr/lib/modules"), ""))?;
+        let modules =
+            only(directory.join("lib/modules"), "").or_else(|| only(directory.join("usr/lib/modules"), ""))?;
         Some(Self { image: only(directory.join("boot"), "vmlinuz-")?, modules })
     }
 

@@ -2,9 +2,9 @@
 //! and the kernel's programs say the same, verdict and reason; and on arbitrary bytes the kernel does what its rules
 //! do in memory. `SG_FUZZ_VERDICTS` sets how many packets are judged.
 
-#[path = "properties/generate.rs"]
+#[path = "kernel_properties/generate.rs"]
 mod generate;
-#[path = "properties/sequences.rs"]
+#[path = "kernel_properties/sequences.rs"]
 mod sequences;
 
 use std::cell::RefCell;

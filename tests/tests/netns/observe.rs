@@ -1,0 +1,123 @@
+//! What the agent says (`status`, `explain`) against what is so.
+
+use tests::e2e::Lab;
+
+use crate::try_all;
+
+#[test]
+fn explain_says_what_happens() {
+    let mut lab = Lab::new(&["a", "b", "c"])
+        .rules(|rules| {
+            rules.ingress("sg-b", &["tcp 22 10.0.1.10/32", "udp 5000-5010 0.0.0.0/0", "tcp 3306 sg-c", "tcp 80 ::/0"])
+        })
+        .rules(|rules| rules.egress("sg-c", &["tcp 22 0.0.0.0/0", "tcp 3306 sg-b"]))
+        .start();
+    let ports = [22, 80, 3306, 5000, 5011];
+    lab.serve("b", &ports);
+    let mut said = Vec::new();
+    for from in ["a", "c", "outside"] {
+        for port in ports {
+            let (tcp, udp) = (lab.tcp(from, "b", port), lab.udp(from, "b", port));
+            for (protocol, attempts) in [("tcp", tcp), ("udp", udp)] {
+                for (attempt, address) in attempts.iter().zip(lab.addresses(from)) {
+                    let (address, port) = (address.to_string(), port.to_string());
+                    let packet = ["--proto", protocol, "--port", &port];
+                    let at_b = ["--to", "i-b", "--from", &address];
+                    let (mut allowed, explanation) = lab.agent.explain(&[&at_b[..], &packet].concat());
+                    if from != "outside" {
+                        // An address has no gate of its own; as an instance it has.
+                        let peer = lab
+                            .addresses("b")
+                            .iter()
+                            .find(|peer| peer.is_ipv4() == !address.contains(':'))
+                            .map(ToString::to_string);
+                        let from = format!("i-{from}");
+                        let out = ["--egress", "--to", &from, "--from", peer.as_deref().expect("of the family")];
+                        allowed &= lab.agent.explain(&[&out[..], &packet].concat()).0;
+                    }
+                    println!("{attempt}: {allowed}, {}", explanation["gates"][0]["text"]);
+                    said.push((attempt.clone(), allowed));
+                }
+            }
+        }
+    }
+    let allowed = said.iter().filter(|(_, allowed)| *allowed).count();
+    assert!((5..said.len() - 5).contains(&allowed), "both verdicts are tried: {allowed} of {}", said.len());
+    try_all(said);
+}
+
+#[test]
+fn explain_names_the_rule_or_the_nearest_miss() {
+    let lab = Lab::new(&["a", "b"])
+        .rules(|rules| {
+            rules.ingress("sg-b", &["tcp 22 10.0.1.10/32", "tcp 3306 sg-a"]).egress("sg-a", &["udp 53 0.0.0.0/0"])
+        })
+        .start();
+    let (allowed, said) = lab.agent.explain(&["--to", "i-b", "--from", "10.0.1.10", "--port", "22"]);
+    let gate = &said["gates"][0];
+    assert!(allowed, "{said:#}");
+    assert_eq!((&gate["rule"]["group"], &gate["rule"]["peer"]), (&"sg-b".into(), &"10.0.1.10/32".into()), "{said:#}");
+    let (allowed, said) = lab.agent.explain(&["--to", "i-b", "--from", "203.0.113.9", "--port", "22"]);
+    let gate = &said["gates"][0];
+    assert!(!allowed, "{said:#}");
+    assert_eq!(
+        (&gate["reason"], &gate["nearest"]["mismatch"]),
+        (&"ENI_SG_RULES_MISMATCH".into(), &"peer".into()),
+        "{said:#}"
+    );
+    // Of two instances both are asked, the sender first.
+    let (allowed, said) = lab.agent.explain(&["--to", "i-b", "--from", "i-a", "--port", "3306"]);
+    assert!(!allowed, "{said:#}");
+    let gates: Vec<_> =
+        said["gates"].as_array().into_iter().flatten().map(|gate| (&gate["instance"], &gate["allowed"])).collect();
+    assert_eq!(gates, [(&"i-a".into(), &false.into()), (&"i-b".into(), &true.into())], "{said:#}");
+    let (allowed, said) = lab.agent.explain(&["--to", "i-a", "--from", "10.0.1.20", "--proto", "icmp"]);
+    assert_eq!((allowed, &said["gates"][0]["reason"]), (false, &"SG_HAS_NO_RULES".into()), "{said:#}");
+}
+
+#[test]
+fn the_status_has_everything_that_scripts_ask_for() {
+    let mut lab = Lab::new(&["a", "b"])
+        .rules(|rules| rules.ingress("sg-b", &["tcp 22 10.0.1.0/24", "tcp 22 ::/0"]).egress("sg-b", &[]))
+        .arguments(&["--publish", "i-b:32022=22"])
+        .start();
+    lab.serve("b", &[22]);
+    lab.tcp("a", "b", 22)[0].passes();
+    let status = lab.agent.status();
+    assert_eq!(status["enforced"], true, "{status:#}");
+    assert_eq!(status["problems"], serde_json::json!([]));
+    assert_eq!(status["pid"], lab.agent.pid());
+    assert_eq!(status["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(status["sources"][0]["source"], lab.rules.path().display().to_string());
+    assert_eq!(status["sources"][0]["error"], serde_json::Value::Null);
+    assert!(status["sources"][0]["age_seconds"].as_f64().is_some_and(|age| age >= 0.0));
+    assert_eq!(status["published"].as_array().map(Vec::len), Some(1));
+    for what in ["usage", "capacity"] {
+        assert!(status[what].as_object().is_some_and(|object| !object.is_empty()), "{what}: {status:#}");
+    }
+    let b = lab.world.instance("b");
+    let interface = lab.agent.interface("i-b");
+    let mac = b.mac.map(|byte| format!("{byte:02x}")).join(":");
+    for (field, expected) in [
+        ("instance", serde_json::json!("i-b")),
+        ("eni", serde_json::json!("eni-i-b")),
+        ("link", serde_json::json!("veth-b")),
+        ("attached", serde_json::json!(true)),
+        ("mac", serde_json::json!(mac)),
+        ("groups", serde_json::json!(["sg-b"])),
+        ("policy", serde_json::json!("groups")),
+        ("ingress_rules", serde_json::json!(2)),
+        ("egress_rules", serde_json::json!(0)),
+        ("network_acl", serde_json::Value::Null),
+    ] {
+        assert_eq!(interface[field], expected, "{field}: {interface:#}");
+    }
+    let addresses: Vec<_> = interface["addresses"].as_array().into_iter().flatten().collect();
+    assert_eq!(addresses[0], "10.0.1.20");
+    assert!(addresses.contains(&&"2001:db8:1::20".into()), "{addresses:?}");
+    assert!(interface["counters"]["ingress"]["new"]["packets"].as_u64() >= Some(1), "{interface:#}");
+    // A change of the rules is a new epoch of the policy, and a commit.
+    lab.change(|rules| rules.ingress("sg-b", &[]));
+    assert!(lab.agent.status()["generation"].as_u64() > status["generation"].as_u64());
+    assert_ne!(lab.agent.interface("i-b")["epoch"], interface["epoch"]);
+}

@@ -1,0 +1,60 @@
+//! Addresses that aren't one's own (SG-4.3), and neighbours that lie about theirs.
+
+use std::net::IpAddr;
+
+use tests::e2e::{Attempt, Lab, arp_reply, run, send_frame, wait_for};
+
+#[test]
+fn a_foreign_source_address_does_not_leave() {
+    let everything = ["-1 - 0.0.0.0/0", "-1 - ::/0"];
+    let mut lab = Lab::new(&["a", "b", "c"]).rules(|rules| rules.ingress("sg-b", &everything)).start();
+    lab.serve("b", &[53]);
+    let [v4, v6] = lab.addresses("b");
+    let foreign: [IpAddr; 2] = ["10.0.1.99", "2001:db8:1::99"].map(|text| text.parse().expect("an address"));
+    let a = lab.world.namespace("a");
+    for (to, [own, neighbours, nobodys]) in [
+        (v4, [lab.addresses("a")[0], lab.addresses("c")[0], foreign[0]]),
+        (v6, [lab.addresses("a")[1], lab.addresses("c")[1], foreign[1]]),
+    ] {
+        Attempt::udp(a, to, 53).from_address(own).passes();
+        let heard = lab.server("b", 53).datagrams();
+        let dropped = lab.agent.packets("i-a", "egress", "source_address");
+        for source in [neighbours, nobodys] {
+            Attempt::udp(a, to, 53).spoofed(source).vanishes();
+        }
+        assert_eq!(lab.server("b", 53).datagrams(), heard, "nothing with a foreign source arrives at {to}");
+        let now = lab.agent.packets("i-a", "egress", "source_address");
+        assert!(now >= dropped + 2, "they were dropped where they left: {now}, {dropped} before");
+    }
+}
+
+#[test]
+fn a_neighbour_does_not_believe_forged_arp() {
+    let lab = Lab::new(&["a", "b", "c"]).start();
+    let [a, b, c] = ["a", "b", "c"].map(|name| lab.world.instance(name));
+    // So an answer to no question is believed.
+    b.namespace.sysctl("net/ipv4/conf/eth0/arp_accept", "1");
+    let neighbours = || run(b.namespace.command("ip").args(["neigh", "show", &c.v4.to_string()]));
+    assert_eq!(neighbours(), "");
+    send_frame(&a.namespace, "eth0", &arp_reply(a.mac, c.v4, b.mac, b.v4));
+    wait_for("the forged answer is dropped", || (lab.agent.packets("i-a", "egress", "forged_arp") == 1).then_some(()));
+    assert_eq!(neighbours(), "");
+    send_frame(&c.namespace, "eth0", &arp_reply(c.mac, c.v4, b.mac, b.v4));
+    let mac = c.mac.map(|byte| format!("{byte:02x}")).join(":");
+    wait_for("the honest one is believed", || neighbours().contains(&mac).then_some(()));
+}
+
+#[test]
+fn a_foreign_mac_address_does_not_leave() {
+    let everything = ["-1 - 0.0.0.0/0", "-1 - ::/0"];
+    let mut lab = Lab::new(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &everything)).start();
+    lab.serve("b", &[53]);
+    let [a, b] = ["a", "b"].map(|name| lab.world.instance(name));
+    send_frame(&a.namespace, "eth0", &arp_reply([0x02, 0, 0x5e, 0, 0x53, 0xff], a.v4, b.mac, b.v4));
+    wait_for("the frame with a foreign MAC address is dropped", || {
+        let interface = lab.agent.interface("i-a");
+        let counted = |reason: &str| interface["counters"]["egress"][reason]["packets"].as_u64().unwrap_or(0);
+        (counted("source_mac") + counted("forged_arp") == 1).then_some(())
+    });
+    lab.udp("a", "b", 53)[0].passes();
+}
