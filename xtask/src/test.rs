@@ -20,6 +20,8 @@ use crate::{agent_image, build, cmd, ebpf, ui, vm, workspace};
 /// The package of the packet-level and end-to-end tests; each of its files is in the set that it is named after.
 const TESTS: &str = "tests";
 
+/// The tests that generate policies and packets; the programs in the kernel are one of those that they compare.
+const PROPERTIES: &str = "properties";
 /// How many packets the property tests judge where every instruction is emulated.
 const SLOW_VERDICTS: &str = "2000";
 
@@ -338,7 +340,7 @@ impl Runner {
         if let Some(agent) = self.agent.get() {
             return Ok(agent.clone());
         }
-        let agent = build::build(true)?;
+        let agent = build::build(false)?;
         self.agent.set(agent.clone()).ok();
         Ok(agent)
     }
@@ -384,6 +386,9 @@ fn files(set: Set) -> Result<Vec<String>> {
 }
 
 fn set_of(target: &str) -> Option<Set> {
+    if target == PROPERTIES {
+        return Some(Set::Kernel);
+    }
     [Set::Kernel, Set::Netns, Set::Docker]
         .into_iter()
         .find(|set| target.strip_prefix(set.name()).is_some_and(|rest| rest.is_empty() || rest.starts_with('_')))
@@ -495,10 +500,29 @@ mod tests {
             ("kernel", Some(Set::Kernel)),
             ("netns_proxy", Some(Set::Netns)),
             ("docker", Some(Set::Docker)),
+            ("properties", Some(Set::Kernel)),
             ("kernels", None),
             ("unit", None),
         ] {
             assert_eq!(set_of(target), set, "{target}");
+        }
+    }
+
+    #[test]
+    fn the_oldest_kernel_is_among_everything() {
+        let everything = jobs(&[], &[]);
+        assert_eq!(everything.first(), Some(&Job::Here(Set::Fmt)));
+        assert_eq!(everything.last(), Some(&Job::OnKernel("6.1".to_owned())));
+        assert_eq!(jobs(&[Set::Unit], &[]), [Job::Here(Set::Unit)]);
+        let both = ["6.1".to_owned(), "6.12".to_owned()];
+        assert_eq!(jobs(&[], &both).iter().map(Job::name).collect::<Vec<_>>(), ["kernel-6.1", "kernel-6.12"]);
+    }
+
+    #[test]
+    fn a_kernel_is_named_by_two_numbers() {
+        assert_eq!(version("6.12"), Ok("6.12".to_owned()));
+        for text in ["6", "6.", "6.1.2", "../6.1", "6.x", ""] {
+            assert!(version(text).is_err(), "{text}");
         }
     }
 
