@@ -229,6 +229,7 @@ impl Applier {
         }
         if complete && !self.started {
             self.unhook_earlier(desired, &mut warnings);
+            self.depart_earlier(&interfaces);
             self.datapath.keep_numbers(&self.maps)?;
             self.started = true;
         }
@@ -568,6 +569,14 @@ impl Applier {
                 warnings.insert(cannot_detach(ifindex, &error));
             }
         }
+    }
+
+    /// Gives up the numbers of an earlier agent's interfaces that are no more.
+    fn depart_earlier(&mut self, interfaces: &BTreeMap<u32, Enforced>) {
+        let kept: BTreeSet<u32> = interfaces.values().map(|enforced| enforced.entry.eni).collect();
+        let earlier = self.datapath.earlier().into_iter().flat_map(|earlier| earlier.interfaces.values());
+        let gone: Vec<u32> = earlier.map(|interface| interface.eni).filter(|eni| !kept.contains(eni)).collect();
+        self.departed.extend(gone);
     }
 
     /// The same for what an earlier agent left.

@@ -4,7 +4,7 @@ use std::collections::HashMap as Table;
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::LpmTrie;
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use sg_common::abi::{
     self, Cidr4Key, Cidr6Key, Config, Count, Direction, ExemptKey, Flow, FlowKey, Interface, Member, MemberKey, OwnKey,
     Policy, PortKey, ReasonKey, ReferenceKey,
@@ -122,7 +122,7 @@ impl Maps {
         Ok(counters)
     }
 
-    /// Removes every flow of an interface that is no more, before its number is given to another.
+    /// Removes every flow and count of an interface that is no more, before its number is given to another.
     ///
     /// # Errors
     /// The kernel's.
@@ -134,6 +134,20 @@ impl Maps {
             .collect::<Result<_, _>>()?;
         for key in keys {
             absent_is_fine(self.flows.remove(&key))?;
+        }
+        let keys: Vec<ReasonKey> = self
+            .reasons
+            .keys()
+            .filter(|key| key.as_ref().map_or(true, |key| key.eni == eni))
+            .collect::<Result<_, _>>()?;
+        for key in keys {
+            absent_is_fine(self.reasons.remove(&key))?;
+        }
+        for direction in [Direction::Ingress, Direction::Egress] {
+            let index = 2 * eni + direction as u32;
+            let zeros = vec![Count::default(); self.established.get(&index, 0)?.len()];
+            let zeros = PerCpuValues::try_from(zeros).map_err(MapError::IoError)?;
+            self.established.set(index, zeros, 0)?;
         }
         Ok(())
     }
