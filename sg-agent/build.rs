@@ -27,7 +27,8 @@ fn object() -> PathBuf {
     match env::var_os("SG_EBPF_OBJECT") {
         Some(path) => path.into(),
         None => {
-            let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+            let package = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default();
+            let package = Path::new(&package);
             package.parent().unwrap_or(package).join("target/bpf/bpfel-unknown-none/release/sg-ebpf")
         }
     }

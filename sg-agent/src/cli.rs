@@ -105,6 +105,9 @@ pub struct RunArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(30..=60), help_heading = "Semantics")]
     pub udp_timeout: u64,
 
+    /// Log every packet that is dropped, with its reason (slow: for looking into one problem)
+    #[arg(long)]
+    pub log_drops: bool,
     /// End enforcement when the agent ends
     #[arg(long)]
     pub detach_on_exit: bool,
@@ -166,6 +169,9 @@ pub struct ExplainArgs {
     /// ICMP's type and code, as 8/0
     #[arg(long, value_name = "TYPE/CODE", conflicts_with = "port", value_parser = icmp)]
     pub icmp_type: Option<u16>,
+    /// Put such a packet through the attached programs too, and say if they disagree
+    #[arg(long)]
+    pub live: bool,
     /// Turn it round: from the instance of --to, to what --from names
     #[arg(long)]
     pub egress: bool,

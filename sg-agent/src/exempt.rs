@@ -1,10 +1,11 @@
 //! The services that neither groups nor network ACLs filter (SG-4.1), and what stands for them on Docker.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::str::FromStr;
 
+use ipnet::Ipv4Net;
 use sg_common::packet::{TCP, UDP};
 
 /// An address, protocol and port that instances may always talk to.
@@ -78,6 +79,13 @@ impl Service {
         aws.chain(resolvers).collect()
     }
 
+    /// Amazon's DNS at the base of a VPC's network plus two.
+    pub fn of_vpc(network: &Ipv4Net) -> Vec<Self> {
+        let base = u32::from(network.network());
+        let dns = base.checked_add(2).map(Ipv4Addr::from).filter(|address| network.contains(address));
+        dns.into_iter().flat_map(|address| Self::dns(address.into())).collect()
+    }
+
     /// DNS and DHCP of a bridge's gateway, which stands for the VPC's router.
     pub fn of_gateway(address: IpAddr) -> impl Iterator<Item = Self> {
         let dhcp = Self { address, protocol: UDP, port: if address.is_ipv4() { 67 } else { 547 } };
@@ -98,6 +106,16 @@ mod tests {
         for text in AWS {
             assert_eq!(text.parse::<Service>().unwrap().to_string(), *text);
         }
+    }
+
+    #[test]
+    fn a_vpc_s_dns_is_at_its_base_plus_two() {
+        let of = |network: &str| {
+            let services = Service::of_vpc(&network.parse().unwrap());
+            services.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(of("10.20.0.0/16"), ["10.20.0.2:53/udp", "10.20.0.2:53/tcp"]);
+        assert!(of("10.20.0.0/31").is_empty());
     }
 
     #[test]

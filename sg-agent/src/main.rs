@@ -8,12 +8,15 @@ use anyhow::{Result, bail};
 use clap::Parser as _;
 use sg_agent::cli::{Cli, Command, DetachArgs, ExplainArgs, IcmpErrors, NoGroup, OnRevoke, RunArgs, StatusArgs};
 use sg_agent::conntrack_settings::timeouts;
-use sg_agent::daemon::{self, NotRunning, Options, Origins, Places, Reply, Request, ask};
+use sg_agent::daemon::{self, LockError, NotRunning, Options, Origins, Places, Reply, Request, ask};
 use sg_agent::datapath::Pins;
 use sg_agent::exempt::Service;
 use sg_agent::source::Ec2Options;
 use sg_agent::{discovery, explain, render, resolve};
 use sg_common::abi::{CUT_ON_REVOKE, Config, RELATED_ERRORS};
+
+/// The exit code of what could not be done, beside 1 for "denied" and "not enforced".
+const ERROR: u8 = 2;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -38,7 +41,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("sg-agent: {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(ERROR)
         }
     }
 }
@@ -86,6 +89,7 @@ fn options(places: Places, args: RunArgs) -> Result<Options> {
             flags: cut | related,
             ..Config::default()
         },
+        log_drops: args.log_drops,
         detach_on_exit: args.detach_on_exit,
     })
 }
@@ -110,28 +114,42 @@ async fn wait_for(places: &Places, patience: Duration) -> Result<()> {
         let left = until.saturating_duration_since(tokio::time::Instant::now());
         match ask(&socket, &Request::Sync { seconds: left.as_secs_f64() }).await {
             Ok(_) => return Ok(()),
-            Err(error) if left.is_zero() || !error.is::<NotRunning>() => return Err(error),
-            Err(_) => tokio::time::sleep(Duration::from_millis(50).min(left)).await,
+            Err(error) if !left.is_zero() && error.is::<NotRunning>() => {
+                tokio::time::sleep(Duration::from_millis(50).min(left)).await;
+            }
+            Err(error) => return Err(error),
         }
     }
 }
 
 /// Exit code 0: allowed; 1: denied.
 async fn explain_packet(places: &Places, args: ExplainArgs) -> Result<ExitCode> {
+    if args.port.is_some() && !matches!(args.proto, 6 | 17) {
+        bail!("protocol {} has no ports; leave --port out (for ICMP there is --icmp-type)", args.proto);
+    }
     let port = match (args.proto, args.port, args.icmp_type) {
         (6 | 17, Some(port), _) => port,
         (6 | 17, None, _) => bail!("--port is missing: which port is the packet for?"),
         (1, _, kind) => kind.unwrap_or(8 << 8),
         (58, _, kind) => kind.unwrap_or(128 << 8),
-        (_, Some(_), _) => bail!("protocol {} has no ports; leave --port out", args.proto),
         _ => 0,
     };
-    let query = explain::Query { instance: args.to, peer: args.from, protocol: args.proto, port, egress: args.egress };
+    let query = explain::Query {
+        instance: args.to,
+        peer: args.from,
+        protocol: args.proto,
+        port,
+        egress: args.egress,
+        live: args.live,
+    };
     let Reply::Explanation(explanation) = ask(&places.socket(), &Request::Explain(query)).await? else {
         bail!("the agent gave no explanation")
     };
     let text = if args.json { serde_json::to_string_pretty(&explanation)? } else { render::explanation(&explanation) };
     print(&text)?;
+    if explanation.kernel_disagrees {
+        bail!("the kernel disagrees with the model: please report this, with the output of --json");
+    }
     Ok(if explanation.allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -142,8 +160,12 @@ fn detach(places: &Places, args: &DetachArgs) -> Result<ExitCode> {
     // A running agent would attach everything again at its next look.
     let _lock = match daemon::lock(&places.state_dir) {
         Ok(lock) => lock,
-        Err(error) => bail!("{error} (an agent that runs would attach everything again)"),
+        Err(LockError::Held { holder, .. }) => {
+            bail!("the agent still runs (pid {holder}) and would attach everything again; stop it first")
+        }
+        Err(error) => return Err(error.into()),
     };
+    let _pins = Pins::new(&places.bpffs).lock()?;
     let report = Pins::new(&places.bpffs).remove_all();
     let text = if args.json { serde_json::to_string_pretty(&report)? } else { render::detached(&report) };
     print(&text)?;

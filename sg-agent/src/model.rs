@@ -85,6 +85,8 @@ pub struct Inventory {
     pub instances: BTreeMap<InstanceId, Instance>,
     /// Managed prefix lists that rules refer to, at their latest version.
     pub prefix_lists: BTreeMap<PrefixListId, PrefixList>,
+    /// VPCs and their primary IPv4 networks.
+    pub vpcs: BTreeMap<VpcId, Ipv4Net>,
     /// Subnets.
     pub subnets: BTreeMap<SubnetId, Subnet>,
     /// Network ACLs.
@@ -210,6 +212,26 @@ pub struct Eni {
     pub prefixes: Vec<IpNet>,
     /// SG-4.3.
     pub source_dest_check: bool,
+}
+
+impl Eni {
+    /// Every private address of it: its own, and those of its delegated IPv4 prefixes (/28 in AWS). A larger prefix, as
+    /// IPv6's /80, has no list of addresses; see [`Eni::unlisted_prefixes`].
+    pub fn private_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        let listed = self.prefixes.iter().filter(|prefix| is_listed(prefix));
+        let delegated = listed.flat_map(|prefix| prefix.subnets(prefix.max_prefix_len()).into_iter().flatten());
+        self.addresses.iter().copied().chain(delegated.map(|address| address.network()))
+    }
+
+    /// Delegated prefixes whose addresses are too many to be listed.
+    pub fn unlisted_prefixes(&self) -> impl Iterator<Item = &IpNet> {
+        self.prefixes.iter().filter(|prefix| !is_listed(prefix))
+    }
+}
+
+/// At most 256 addresses.
+fn is_listed(prefix: &IpNet) -> bool {
+    prefix.max_prefix_len() - prefix.prefix_len() <= 8
 }
 
 /// An instance.

@@ -10,7 +10,8 @@ use ipnet::IpNet;
 use crate::discovery::Attachment;
 use crate::exempt::Service;
 use crate::model::{
-    AclEntry, AclId, Eni, EniId, GroupId, InstanceId, Inventory, Peer, Rule, RuleId, Scope, Traffic, VpcId, Warning,
+    AclEntry, AclId, Eni, EniId, GroupId, InstanceId, Inventory, Peer, Rule, RuleId, Scope, SubnetId, Traffic, VpcId,
+    Warning,
 };
 
 /// The state that the data path is to be brought to.
@@ -20,12 +21,21 @@ pub struct Desired {
     pub interfaces: BTreeMap<u32, Interface>,
     /// The policies that they refer to.
     pub policies: BTreeMap<PolicyKey, Arc<Spec>>,
-    /// The referenced groups that addresses are in, as seen from each VPC.
-    pub members: BTreeMap<(u32, IpAddr), BTreeSet<u32>>,
+    /// What rules and ACLs ask of addresses, as seen from each VPC.
+    pub members: BTreeMap<(u32, IpAddr), Membership>,
     /// Services that nothing filters (SG-4.1), in each VPC.
     pub exempt: BTreeSet<(u32, Service)>,
     /// What is enforced otherwise than somebody might expect.
     pub warnings: BTreeSet<Warning>,
+}
+
+/// Where an address belongs.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Membership {
+    /// The referenced groups that it is in, by their numbers.
+    pub groups: BTreeSet<u32>,
+    /// Its subnet's number, if a network ACL asks.
+    pub subnet: Option<u32>,
 }
 
 /// One interface to enforce.
@@ -53,6 +63,8 @@ pub struct Interface {
     pub addresses: Vec<IpAddr>,
     /// The networks of its subnet (SG-5.2).
     pub subnet: Vec<IpNet>,
+    /// Its subnet's number, where a network ACL asks.
+    pub subnet_number: Option<u32>,
     /// SG-4.3.
     pub source_dest_check: bool,
 }
@@ -164,6 +176,7 @@ pub struct Settings {
 pub struct Resolver {
     settings: Settings,
     groups: Numbers<(Scope, GroupId)>,
+    subnets: Numbers<(Scope, SubnetId)>,
     vpcs: Numbers<(Scope, VpcId)>,
 }
 
@@ -222,10 +235,22 @@ impl Resolver {
         let vpc = self.vpcs.of(&(placement.scope.clone(), vpc_id));
         let (policy, groups) = self.policy(world, placement, desired);
         let acl = subnet.and_then(|subnet| self.acl(inventory?, &placement.scope, &subnet.id, desired));
-        let known = placement.eni.map(|eni| eni.addresses.as_slice()).unwrap_or_default();
+        let subnet_number =
+            subnet.filter(|_| acl.is_some()).map(|s| self.subnets.of(&(placement.scope.clone(), s.id.clone())));
+        let known = placement.eni.into_iter().flat_map(Eni::private_addresses);
         let mut addresses = attachment.addresses.clone();
-        addresses.extend(known.iter().filter(|address| !attachment.addresses.contains(address)));
+        addresses.extend(known.filter(|address| !attachment.addresses.contains(address)));
+        for prefix in placement.eni.into_iter().flat_map(Eni::unlisted_prefixes) {
+            desired.warnings.insert(Warning {
+                subject: attachment.instance.to_string(),
+                problem: format!(
+                    "has the delegated prefix {prefix}, too large to be listed: it is not its own address"
+                ),
+            });
+        }
         desired.exempt.extend(self.settings.exempt.iter().map(|service| (vpc, service.clone())));
+        let network = placement.eni.and_then(|eni| inventory?.vpcs.get(eni.vpc.as_ref()?));
+        desired.exempt.extend(network.into_iter().flat_map(Service::of_vpc).map(|service| (vpc, service)));
         desired.exempt.extend(attachment.gateways.iter().flat_map(|&ip| Service::of_gateway(ip)).map(|s| (vpc, s)));
         Interface {
             link: attachment.link.name.clone(),
@@ -241,6 +266,7 @@ impl Resolver {
             subnet: subnet
                 .map(|subnet| subnet.ipv4.map(IpNet::V4).into_iter().chain(subnet.ipv6.map(IpNet::V6)).collect())
                 .unwrap_or_default(),
+            subnet_number,
             source_dest_check: placement.eni.is_none_or(|eni| eni.source_dest_check),
         }
     }
@@ -359,7 +385,7 @@ impl Resolver {
         &mut self,
         inventory: &Inventory,
         scope: &Scope,
-        subnet: &crate::model::SubnetId,
+        subnet: &SubnetId,
         desired: &mut Desired,
     ) -> Option<PolicyKey> {
         let acl = inventory.acls.values().find(|acl| acl.subnets.contains(subnet))?;
@@ -384,7 +410,7 @@ impl Resolver {
         Some(key)
     }
 
-    /// The private addresses of every member of a referenced group, from each VPC that can see them (SG-1.9, SG-1.12).
+    /// The private addresses of every member of a referenced group, or of a subnet with an ACL, from each VPC that can see them (SG-1.9, SG-1.12).
     fn members(&mut self, world: &World, placements: &[Placement], desired: &mut Desired) {
         let referenced: BTreeSet<u32> = desired
             .policies
@@ -399,7 +425,9 @@ impl Resolver {
                 Peers::Networks(_) => None,
             })
             .collect();
-        if referenced.is_empty() {
+        let asked: BTreeSet<u32> =
+            desired.interfaces.values().filter_map(|interface| interface.subnet_number).collect();
+        if referenced.is_empty() && asked.is_empty() {
             return;
         }
         // What the containers really have counts beside what the control plane shows.
@@ -411,21 +439,25 @@ impl Resolver {
         }
         for (scope, inventory) in world {
             for eni in inventory.enis.values() {
+                let subnet = eni.subnet.as_ref().and_then(|id| self.subnets.0.get(&(scope.clone(), id.clone())));
+                let subnet = subnet.copied().filter(|number| asked.contains(number));
                 let groups: BTreeSet<u32> = eni
                     .groups
                     .iter()
                     .filter_map(|group| self.groups.0.get(&(scope.clone(), group.clone())).copied())
                     .filter(|number| referenced.contains(number))
                     .collect();
-                if groups.is_empty() {
+                if groups.is_empty() && subnet.is_none() {
                     continue;
                 }
                 let vpc = eni.vpc.clone().unwrap_or_else(|| VpcId::from(""));
                 for (seer_scope, seer) in seers(world, scope, &vpc) {
                     let number = self.vpcs.of(&(seer_scope, seer));
                     let real = real.get(&(scope, &eni.id)).map(Vec::as_slice).unwrap_or_default();
-                    for &address in eni.addresses.iter().chain(real) {
-                        desired.members.entry((number, address)).or_default().extend(&groups);
+                    for address in eni.private_addresses().chain(real.iter().copied()) {
+                        let member = desired.members.entry((number, address)).or_default();
+                        member.groups.extend(&groups);
+                        member.subnet = member.subnet.or(subnet);
                     }
                 }
             }

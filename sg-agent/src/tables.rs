@@ -11,6 +11,7 @@ use sg_common::policy::{Match, Query, Tables, find};
 
 use crate::compile::{Compiled, PortPrefix, Table};
 use crate::exempt::Service;
+use crate::resolve::Membership;
 
 /// A copy of what the rule maps hold. The applier replaces it whole, after the kernel has the same.
 #[derive(Clone, Debug, Default)]
@@ -43,12 +44,17 @@ impl InMemory {
     }
 }
 
-/// A member's groups as the map holds them, or how many they are if that is too many.
-pub fn member(groups: &BTreeSet<u32>) -> Result<Member, usize> {
+/// A membership as the map holds it, or how many groups it has if they are too many.
+///
+/// # Errors
+/// The number of groups.
+pub fn member(membership: &Membership) -> Result<Member, usize> {
+    let groups = &membership.groups;
     if groups.len() > GROUPS_PER_MEMBER {
         return Err(groups.len());
     }
-    let mut member = Member { count: groups.len() as u32, ..Member::default() };
+    let subnet = membership.subnet.unwrap_or(0);
+    let mut member = Member { count: groups.len() as u32, subnet, ..Member::default() };
     for (place, group) in member.groups.iter_mut().zip(groups) {
         *place = *group;
     }

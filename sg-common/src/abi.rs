@@ -73,7 +73,8 @@ pub struct Interface {
     /// [`SOURCE_DEST_CHECK`].
     pub flags: u32,
     /// The epoch of the policy under which the flow table of this interface began: until it changes, a TCP packet
-    /// in the middle of an unknown flow may be picked up (SG-3.9), after that it could be a revoked one (SG-3.4).
+    /// in the middle of an unknown flow may be picked up (SG-3.9), after that it could be a revoked one (SG-3.4). 0,
+    /// which is no epoch, once its groups were swapped or anybody left a group.
     pub born: u32,
     /// Its primary IPv4 address, or unspecified.
     pub ipv4: Address,
@@ -87,12 +88,15 @@ pub struct Interface {
     pub subnet6: Address,
     /// The mask of `subnet6`.
     pub mask6: Address,
+    /// Its subnet's number, for peers whose real addresses are outside the subnet's network; 0 where no network ACL
+    /// asks.
+    pub subnet: u32,
     /// Its MAC address.
     pub mac: [u8; 6],
     /// Zero.
     pub pad: [u8; 2],
 }
-const _: () = assert!(size_of::<Interface>() == 128);
+const _: () = assert!(size_of::<Interface>() == 132);
 
 /// With a full mask, a network that no packet's address is in.
 pub const NOWHERE: Address = Address([u32::MAX; 4]);
@@ -203,13 +207,15 @@ pub struct MemberKey {
     pub address: Address,
 }
 
-/// The groups that an address is in, as far as any rule refers to them. One write changes a membership for every
+/// The groups that an address is in, as far as any rule refers to them, and its subnet if that has an ACL. One write changes a membership for every
 /// policy at once.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Member {
     /// How many of `groups` count.
     pub count: u32,
+    /// The number of the address's subnet; 0 where no network ACL asks.
+    pub subnet: u32,
     /// The agent's numbers of the groups.
     pub groups: [u32; GROUPS_PER_MEMBER],
 }

@@ -17,8 +17,9 @@ pub trait Memory {
     /// Nanoseconds of a monotonic clock.
     fn now(&self) -> u64;
     /// A place for `packet`. The kernel's is one where the verifier forgets what it knows of each field: otherwise
-    /// everything that follows would be verified once for each way through the parser.
-    fn hold<'a>(&'a self, packet: &'a Packet) -> &'a Packet;
+    /// everything that follows would be verified once for each way through the parser. `None` only where the maps are
+    /// not the agent's.
+    fn hold<'a>(&'a self, packet: &'a Packet) -> Option<&'a Packet>;
     /// A flow's entry in the table.
     type Entry<'a>: DerefMut<Target = Flow>
     where
@@ -34,6 +35,8 @@ pub trait Memory {
     fn remove_flow(&self, key: &FlowKey);
     /// Remembers a first fragment that passed, and where its header ends.
     fn add_fragment(&self, key: &FragmentKey, header_end: u16);
+    /// Forgets a fragmented packet.
+    fn remove_fragment(&self, key: &FragmentKey);
     /// Where the header of the fragmented packet ends, if its first fragment passed.
     fn fragment(&self, key: &FragmentKey) -> Option<u16>;
 }
@@ -59,7 +62,7 @@ pub fn judge<M: Tables + Memory>(
         return guard::arp(maps, interface, direction, &ethernet, frame);
     }
     let packet = packet::ip(frame, &ethernet)?;
-    let packet = maps.hold(&packet);
+    let packet = maps.hold(&packet).ok_or(Drop::Inconsistent)?;
     if let Some(pass) = guard::check(maps, interface, direction, &ethernet, packet, frame)? {
         return Ok(pass);
     }
@@ -77,11 +80,16 @@ pub fn judge<M: Tables + Memory>(
         acl: maps.binding(interface.acl),
         now: maps.now(),
     };
-    let pass = crossing.track(maps, frame, mark)?;
+    let verdict = crossing.track(maps, frame, mark);
     if packet.part == Part::First {
-        maps.add_fragment(&fragment_key(interface, direction, packet), packet.fragment_offset);
+        let key = fragment_key(interface, direction, packet);
+        match verdict {
+            Ok(_) => maps.add_fragment(&key, packet.fragment_offset),
+            // Identifications come again: the rest is not to follow an earlier packet's first one.
+            Err(_) => maps.remove_fragment(&key),
+        }
     }
-    Ok(pass)
+    verdict
 }
 
 /// A later fragment goes where the first one went (SG-3.8).
@@ -154,8 +162,16 @@ impl Crossing<'_> {
                     return verdict;
                 }
             }
-            None if self.is_related(maps, frame) => return Ok(Pass::Related),
-            _ => {}
+            Some(_) => {}
+            None => {
+                if let Some(is_unfiltered) = self.related(maps, frame) {
+                    // Groups have states, network ACLs haven't (SG-5.1).
+                    if !is_unfiltered {
+                        self.by_acl(maps)?;
+                    }
+                    return Ok(Pass::Related);
+                }
+            }
         }
         let admission = self.admit(maps, mark)?;
         match &key {
@@ -210,27 +226,24 @@ impl Crossing<'_> {
         } else {
             packet.source_port
         };
-        let table = abi::table(self.groups.policy, origin);
         let query = Query { peer: self.peer(), protocol: packet.protocol, port };
-        match tables.policy(table) {
-            Some(policy) => policy::find(tables, table, &policy, self.interface.vpc, &query) != Match::None,
-            None => false,
-        }
+        tables.matches(abi::table(self.groups.policy, origin), self.interface.vpc, &query) != Match::None
     }
 
-    /// Whether an ICMP error quotes a tracked flow of this interface, and goes to the side that sent the quoted packet
-    /// (SG-3.7).
+    /// Where an ICMP error quotes a tracked flow of this interface, and goes to the side that sent the quoted packet
+    /// (SG-3.7): whether nothing filters that flow.
     #[inline(always)]
-    fn is_related<M: Tables + Memory>(&self, maps: &M, frame: &impl Frame) -> bool {
+    fn related<M: Tables + Memory>(&self, maps: &M, frame: &impl Frame) -> Option<bool> {
         if self.config.flags & abi::RELATED_ERRORS == 0 || !is_icmp_error(self.packet) {
-            return false;
+            return None;
         }
-        let Ok(quote) = packet::quoted(frame, self.packet) else { return false };
+        let quote = packet::quoted(frame, self.packet).ok()?;
         if quote.source != self.packet.destination {
-            return false;
+            return None;
         }
-        let Some(key) = FlowKey::of(self.interface.eni, self.direction.reverse(), &quote) else { return false };
-        maps.flow(&key).is_some_and(|flow| !flow.is_expired(self.config, self.now))
+        let key = FlowKey::of(self.interface.eni, self.direction.reverse(), &quote)?;
+        let flow = maps.flow(&key)?;
+        if flow.is_expired(self.config, self.now) { None } else { Some(flow.flags & UNFILTERED != 0) }
     }
 
     /// A packet without a flow: what neither groups nor ACLs filter, and what both allow. On the way in the ACL comes
@@ -245,23 +258,25 @@ impl Crossing<'_> {
                 self.by_acl(tables)?;
                 self.by_rules(tables)
             }
-            Direction::Egress => match self.by_rules(tables) {
-                Ok(admission) => match self.by_acl(tables) {
-                    Ok(()) => Ok(admission),
-                    Err(drop) => self.exempt_or(tables, drop),
-                },
-                Err(drop) => self.exempt_or(tables, drop),
-            },
+            Direction::Egress => {
+                let admission = self.by_rules(tables).and_then(|allowed| self.by_acl(tables).map(|()| allowed));
+                match admission {
+                    // Its answer is judged by the same rules and by no ACL, so it need not be known as exempt.
+                    Ok(Admission { keep: Keep::Nothing, .. }) if self.interface.acl == 0 => admission,
+                    _ => self.exempt_or(tables, admission),
+                }
+            }
         }
     }
 
-    /// Services that nothing filters (SG-4.1) are reached from the instance; their answers belong to that flow.
+    /// Services that nothing filters (SG-4.1) are reached from the instance; their answers belong to that flow. What
+    /// rules allow is exempt all the same: the answer has the ACL before it, and the flow a revoke or a full table.
     #[inline(always)]
-    fn exempt_or<T: Tables>(&self, tables: &T, drop: Drop) -> Result<Admission, Drop> {
+    fn exempt_or<T: Tables>(&self, tables: &T, admission: Result<Admission, Drop>) -> Result<Admission, Drop> {
         let packet = self.packet;
         let is_exempt =
             tables.is_exempt(self.interface.vpc, &packet.destination, packet.protocol, packet.destination_port);
-        if is_exempt { Ok(Admission { pass: Pass::Exempt, keep: Keep::Unfiltered }) } else { Err(drop) }
+        if is_exempt { Ok(Admission { pass: Pass::Exempt, keep: Keep::Unfiltered }) } else { admission }
     }
 
     #[inline(always)]
@@ -279,7 +294,7 @@ impl Crossing<'_> {
         let there = abi::table(self.groups.policy, self.direction.reverse());
         let forth = tables.policy(here).ok_or(Drop::Inconsistent)?;
         let back = tables.policy(there).ok_or(Drop::Inconsistent)?;
-        let matched = policy::find(tables, here, &forth, self.interface.vpc, &self.query());
+        let matched = tables.matches(here, self.interface.vpc, &self.query());
         if matched == Match::None {
             return Err(Drop::NoRule);
         }
@@ -296,7 +311,7 @@ impl Crossing<'_> {
         }
         // TCP or UDP that may as well belong to a flow from the other side: what do the rules say of that one?
         let reverse = Query { peer: self.peer(), protocol: packet.protocol, port: packet.source_port };
-        let reversed = policy::find(tables, there, &back, self.interface.vpc, &reverse);
+        let reversed = tables.matches(there, self.interface.vpc, &reverse);
         if reversed == Match::Any && forth.flags & free != 0 {
             return Ok(untracked);
         }
@@ -337,7 +352,13 @@ impl Crossing<'_> {
     #[inline(always)]
     fn keep<M: Tables + Memory>(&self, maps: &M, key: &FlowKey, admission: &Admission) -> Verdict {
         let (origin, flags) = match admission.keep {
-            Keep::Nothing => return Ok(admission.pass),
+            Keep::Nothing => {
+                // Tracked packets go by their flow: an earlier connection's would outlive this one's rule (SG-3.4).
+                if admission.pass == Pass::Untracked && self.packet.is_initial_syn() {
+                    maps.remove_flow(key);
+                }
+                return Ok(admission.pass);
+            }
             Keep::From(origin) => (origin, self.acl_asked()),
             Keep::Unfiltered => (self.direction, UNFILTERED),
         };

@@ -169,6 +169,7 @@ pub fn ip(frame: &impl Frame, ethernet: &Ethernet) -> Result<Packet, Drop> {
     if packet.source.is_loopback()
         || packet.destination.is_loopback()
         || packet.source.is_multicast()
+        || packet.source == Address::v4([255; 4])
         || (ethernet.ethertype == IPV6 && (packet.source.is_v4() || packet.destination.is_v4()))
     {
         return Err(Drop::Martian);

@@ -32,6 +32,18 @@ pub trait Tables {
     fn is_secondary(&self, eni: u32, address: &Address) -> bool;
     /// `EXEMPT`.
     fn is_exempt(&self, vpc: u32, address: &Address, protocol: u8, port: u16) -> bool;
+
+    /// What a table says, by [`find`]: the kernel's way there is a function call, so that it is verified once.
+    #[inline(always)]
+    fn matches(&self, table: u32, vpc: u32, query: &Query) -> Match
+    where
+        Self: Sized,
+    {
+        match self.policy(table) {
+            Some(policy) => find(self, table, &policy, vpc, query),
+            None => Match::None,
+        }
+    }
 }
 
 /// What a policy says about one packet.
@@ -118,9 +130,10 @@ pub fn acl_allows<T: Tables>(
     {
         return true;
     }
-    let table = abi::table(acl.policy, direction);
-    match tables.policy(table) {
-        Some(policy) => find(tables, table, &policy, interface.vpc, query) != Match::None,
-        None => false,
+    if interface.subnet != 0
+        && tables.member(interface.vpc, query.peer).is_some_and(|member| member.subnet == interface.subnet)
+    {
+        return true;
     }
+    tables.matches(abi::table(acl.policy, direction), interface.vpc, query) != Match::None
 }

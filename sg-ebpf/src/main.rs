@@ -14,7 +14,7 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use sg_common::abi::Direction;
-use sg_common::judge::judge;
+use sg_common::judge::{Memory, judge};
 use sg_common::verdict::{Drop, Verdict};
 
 use crate::maps::Maps;
@@ -32,6 +32,12 @@ pub fn from_instance(ctx: TcContext) -> i32 {
     filter(&ctx, Direction::Egress)
 }
 
+/// Takes expired flows out of the table. The agent runs it (BPF_PROG_TEST_RUN); it is attached nowhere.
+#[classifier]
+pub fn sweep(_ctx: TcContext) -> i32 {
+    maps::sweep(Maps.now()) as i32
+}
+
 #[inline(always)]
 fn filter(ctx: &TcContext, direction: Direction) -> i32 {
     let frame = SkbFrame(ctx);
@@ -45,6 +51,7 @@ fn filter(ctx: &TcContext, direction: Direction) -> i32 {
         }
     };
     report::count(eni, direction, &verdict, ctx.len());
+    report::trace(ctx, frame.ifindex(), direction, &verdict);
     action(verdict)
 }
 

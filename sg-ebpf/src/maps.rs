@@ -1,7 +1,9 @@
 //! The maps, as the programs see them. `sg_common::abi` has their types and sizes; only the agent writes rules.
 
+use core::ffi::c_void;
+
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
-use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
+use aya_ebpf::helpers::{bpf_for_each_map_elem, bpf_ktime_get_coarse_ns, bpf_map_delete_elem};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap};
@@ -9,7 +11,7 @@ use sg_common::abi::*;
 use sg_common::addr::Address;
 use sg_common::judge::{Full, Memory};
 use sg_common::packet::Packet;
-use sg_common::policy::Tables;
+use sg_common::policy::{Match, Query, Tables, find};
 
 #[map]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
@@ -48,6 +50,66 @@ pub static ESTABLISHED: PerCpuArray<Count> = PerCpuArray::with_max_entries(2 * M
 /// All other verdicts.
 #[map]
 pub static REASONS: PerCpuHashMap<ReasonKey, Count> = PerCpuHashMap::with_max_entries(MAX_COUNTERS, BPF_F_NO_PREALLOC);
+
+/// When a packet last swept the flows, by its clock.
+#[map]
+static SWEPT: Array<u64> = Array::with_max_entries(1, 0);
+
+/// The least time between two sweeps by packets, in nanoseconds: one takes milliseconds.
+const SWEEP_INTERVAL: u64 = 1_000_000_000;
+
+/// Removes expired flows, if no packet has done so within the last second. Two CPUs may both find it due: the second
+/// then walks a table that the first has tidied.
+#[inline(never)]
+fn sweep_if_due(now: u64) -> bool {
+    let Some(swept) = SWEPT.get_ptr_mut(0) else { return false };
+    // SAFETY: an aligned word of an array that is never freed while the program runs, read and written whole.
+    unsafe {
+        if now.wrapping_sub(swept.read_volatile()) < SWEEP_INTERVAL {
+            return false;
+        }
+        swept.write_volatile(now);
+    }
+    sweep(now);
+    true
+}
+
+/// What a sweep goes by, and finds.
+struct Sweep {
+    now: u64,
+    live: u32,
+}
+
+/// Removes every flow that is expired at `now`. Returns how many live.
+#[inline(always)]
+pub fn sweep(now: u64) -> u32 {
+    let mut sweep = Sweep { now, live: 0 };
+    // SAFETY: the map is a hash of these types, and `visit` takes what the helper hands it.
+    unsafe {
+        bpf_for_each_map_elem(
+            core::ptr::from_ref(&FLOWS).cast_mut().cast(),
+            visit as *mut c_void,
+            core::ptr::from_mut(&mut sweep).cast(),
+            0,
+        );
+    }
+    sweep.live
+}
+
+/// One flow of a sweep. A packet that finds the flow expired at this moment takes the entry over or makes a new one;
+/// the latter can be removed here only if that happens between the two lines below, on another CPU. Its next packet
+/// is then judged by the rules again.
+unsafe extern "C" fn visit(map: *mut c_void, key: *mut c_void, flow: *mut c_void, sweep: *mut c_void) -> i64 {
+    // SAFETY: the helper passes the entry's value and the pointer that `sweep` gave it.
+    let (flow, sweep) = unsafe { (&*flow.cast::<Flow>(), &mut *sweep.cast::<Sweep>()) };
+    if CONFIG.get(0).is_some_and(|config| flow.is_expired(config, sweep.now)) {
+        // SAFETY: deleting the entry that is being visited is allowed (kernel: `bpf_for_each_hash_elem`).
+        let _ = unsafe { bpf_map_delete_elem(map, key) };
+    } else {
+        sweep.live += 1;
+    }
+    0
+}
 
 /// The interface whose host-side link has this index.
 #[inline(always)]
@@ -130,6 +192,27 @@ impl Tables for Maps {
         // SAFETY: see `interface`.
         unsafe { EXEMPT.get(ExemptKey { vpc, address: *address, port, protocol, pad: 0 }) }.is_some()
     }
+
+    #[inline(always)]
+    fn matches(&self, table: u32, vpc: u32, query: &Query) -> Match {
+        match find_rule(table, vpc, query.peer, (query.protocol as u32) << 16 | query.port as u32) {
+            1 => Match::Narrow,
+            2 => Match::Any,
+            _ => Match::None,
+        }
+    }
+}
+
+/// [`find`] as a function that the verifier knows as global: it is verified once, whatever its callers know.
+// VERIFIER: "BPF program is too large. Processed 1000001 insn" (6.12) where it is inlined in each of its places.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn find_rule(table: u32, vpc: u32, peer: *const Address, protocol_port: u32) -> u32 {
+    // SAFETY: `matches` passes a reference. The verifier has its caller pass that many bytes or null.
+    let Some(peer) = (unsafe { peer.as_ref() }) else { return Match::None as u32 };
+    let Some(policy) = POLICIES.get(table) else { return Match::None as u32 };
+    let query = Query { peer, protocol: (protocol_port >> 16) as u8, port: protocol_port as u16 };
+    find(&Maps, table, policy, vpc, &query) as u32
 }
 
 impl Memory for Maps {
@@ -144,16 +227,15 @@ impl Memory for Maps {
 
     // VERIFIER: "BPF program is too large. Processed 1000001 insn" (6.18) with the packet on the stack.
     #[inline(always)]
-    fn hold<'a>(&'a self, packet: &'a Packet) -> &'a Packet {
-        match PACKET.get_ptr_mut(0) {
+    fn hold<'a>(&'a self, packet: &'a Packet) -> Option<&'a Packet> {
+        PACKET.get_ptr_mut(0).map(|place| {
             // SAFETY: this CPU's own entry; TC programs on one CPU don't interrupt each other. Only this line writes
             // it, so it is a valid packet. The black box keeps the compiler from reading it out of registers.
-            Some(place) => unsafe {
+            unsafe {
                 place.write(*packet);
                 &*core::hint::black_box(place)
-            },
-            None => packet,
-        }
+            }
+        })
     }
 
     type Entry<'a> = &'a mut Flow;
@@ -170,6 +252,10 @@ impl Memory for Maps {
         match FLOWS.insert(key, flow, BPF_NOEXIST as u64) {
             Ok(()) => Ok(()),
             Err(error) if error as i32 == EEXIST => Ok(()),
+            // With an agent that sweeps it doesn't come to this; without one, the packets help themselves.
+            Err(_) if sweep_if_due(flow.seen) => {
+                FLOWS.insert(key, flow, BPF_NOEXIST as u64).map_err(|_| Full)
+            }
             Err(_) => Err(Full),
         }
     }
@@ -184,6 +270,12 @@ impl Memory for Maps {
     fn add_fragment(&self, key: &FragmentKey, header_end: u16) {
         // Without room the rest of the packet is dropped as orphans: the closed side.
         let _ = FRAGMENTS.insert(key, header_end as u32, 0);
+    }
+
+    #[inline(always)]
+    fn remove_fragment(&self, key: &FragmentKey) {
+        // Most often there is none.
+        let _ = FRAGMENTS.remove(key);
     }
 
     #[inline(always)]

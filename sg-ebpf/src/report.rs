@@ -1,5 +1,7 @@
-//! P4: what is told of a verdict: counters. It changes nothing.
+//! P4: what is told of a verdict: counters, and with `--log-drops` a line for each drop. It changes nothing.
 
+use aya_ebpf::programs::TcContext;
+use aya_log_ebpf::debug;
 use sg_common::abi::{Count, Direction, ReasonKey};
 use sg_common::verdict::{self, Pass, Verdict};
 
@@ -24,6 +26,18 @@ pub fn count(eni: u32, direction: Direction, verdict: &Verdict, bytes: u32) {
         None => {
             let _ = REASONS.insert(key, Count { packets: 1, bytes: bytes as u64 }, 0);
         }
+    }
+}
+
+/// Logs a drop. Costs nothing unless the agent loads the programs with this level on: the verifier then removes it.
+#[inline(always)]
+pub fn trace(ctx: &TcContext, ifindex: u32, direction: Direction, verdict: &Verdict) {
+    if let Err(drop) = verdict {
+        let direction = match direction {
+            Direction::Ingress => "ingress",
+            Direction::Egress => "egress",
+        };
+        debug!(ctx, "link {} {} dropped: reason {}", ifindex, direction, *drop as u8);
     }
 }
 

@@ -1,3 +1,11 @@
-//! What tests share. Asserts nothing of its own, but for the probes of `e2e`, which say what was expected of them.
+//! What the tests of packets share: private namespaces, packets, the cast, the kernel's programs in a laboratory, and
+//! a copy of the whole pipeline in memory to hold against them; and `e2e`, the agent as its users start it. Asserts
+//! nothing of its own, but for `e2e`'s probes, which say what was expected of them.
 
+pub mod cast;
 pub mod e2e;
+pub mod lab;
+pub mod netns;
+pub mod packets;
+pub mod reference;
+pub mod text;

@@ -5,10 +5,11 @@ pub mod bpf;
 pub mod docker;
 pub mod python;
 
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::cmd;
 use crate::ui;
@@ -37,6 +38,17 @@ pub const DROPBEAR: Tool =
     Tool { program: "dropbear", package: "dropbear-bin", why: "it is the SSH server in the instances' containers" };
 /// The SSH client.
 pub const SSH: Tool = Tool { program: "ssh", package: "openssh-client", why: "the session logs in with it" };
+
+/// A tool that only one module needs.
+pub const fn tool(program: &'static str, package: &'static str, why: &'static str) -> Tool {
+    Tool { program, package, why }
+}
+
+/// Where a tool is that [`ensure_tools`] made sure of.
+pub fn find(tool: &Tool) -> Result<PathBuf> {
+    cmd::find(tool.program)
+        .with_context(|| format!("{} isn't there after {} was installed", tool.program, tool.package))
+}
 
 /// Makes sure that the tools are there.
 pub fn ensure_tools(tools: &[Tool]) -> Result<()> {

@@ -12,6 +12,7 @@ mod moto;
 mod run;
 mod test;
 mod ui;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;

@@ -38,7 +38,8 @@ pub struct Options {
 /// Sets up, builds, starts what is missing, and runs the agent until it ends or Ctrl-C.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let agent = build::build(true)?;
-    let engine = Engine::ensure()?;
+    let needs_docker = !options.agent.iter().any(|argument| argument == "--no-docker");
+    let engine = needs_docker.then(Engine::ensure).transpose()?;
     cmd::ensure_root("to load eBPF programs")?;
     deps::ensure_bpffs()?;
     let (moto, aws) = if options.no_moto || options.endpoint_url.is_some() {

@@ -15,10 +15,13 @@ use console::style;
 
 use crate::deps::{self, docker::Engine, python::Venv};
 use crate::libtest::{self, Counts};
-use crate::{agent_image, build, cmd, ebpf, ui, workspace};
+use crate::{agent_image, build, cmd, ebpf, ui, vm, workspace};
 
 /// The package of the packet-level and end-to-end tests; each of its files is in the set that it is named after.
 const TESTS: &str = "tests";
+
+/// How many packets the property tests judge where every instruction is emulated.
+const SLOW_VERDICTS: &str = "2000";
 
 /// The command's options.
 #[derive(Args)]
@@ -26,6 +29,9 @@ pub struct Options {
     /// Run this set only (may be repeated)
     #[arg(long, value_enum, value_name = "SET")]
     only: Vec<Set>,
+    /// Run the sets 'kernel' and 'netns' on this version of Debian's kernel, in QEMU: 6.1, 6.12 (may be repeated)
+    #[arg(long, value_name = "VERSION", value_parser = version)]
+    kernel: Vec<String>,
     /// List the sets and what they need
     #[arg(long)]
     list: bool,
@@ -75,6 +81,31 @@ impl Set {
     }
 }
 
+/// What is run and reported as one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Job {
+    /// A set, on this machine.
+    Here(Set),
+    /// What depends on the kernel, on another one.
+    OnKernel(String),
+}
+
+impl Job {
+    fn name(&self) -> String {
+        match self {
+            Self::Here(set) => set.name().to_owned(),
+            Self::OnKernel(version) => format!("kernel-{version}"),
+        }
+    }
+
+    fn describe(&self) -> String {
+        match self {
+            Self::Here(set) => set.describe().to_owned(),
+            Self::OnKernel(version) => format!("'kernel' and 'netns' on Linux {version} (QEMU)"),
+        }
+    }
+}
+
 /// How a set ended.
 enum Outcome {
     Passed,
@@ -83,7 +114,7 @@ enum Outcome {
 }
 
 struct Row {
-    set: Set,
+    name: String,
     outcome: Outcome,
     counts: Counts,
     time: Duration,
@@ -91,33 +122,52 @@ struct Row {
 
 /// Runs the sets, then prints the table and the closing line.
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let sets = Set::value_variants().iter().copied();
+    let jobs = jobs(&options.only, &options.kernel);
     if options.list {
-        for set in sets {
-            println!("{:<8} {}", set.name(), set.describe());
+        for job in jobs {
+            println!("{:<11} {}", job.name(), job.describe());
         }
         return Ok(ExitCode::SUCCESS);
     }
     let mut runner = Runner { filter: options.filter.clone(), ..Runner::default() };
     let mut rows = Vec::new();
-    for set in sets.filter(|set| options.only.is_empty() || options.only.contains(set)) {
-        ui::step(&format!("test set {}: {}", set.name(), set.describe()));
+    for job in jobs {
+        ui::step(&format!("test set {}: {}", job.name(), job.describe()));
         let started = Instant::now();
         let mut counts = Counts::default();
-        let outcome = match runner.set(set, &mut counts) {
+        let outcome = match runner.job(&job, &mut counts) {
             Ok(outcome) => outcome,
             Err(error) => Outcome::Failed(format!("{error:#}")),
         };
         // A signal that ends a test program isn't the test's failure.
         cmd::check_interrupted()?;
-        let row = Row { set, outcome: strict(outcome), counts, time: started.elapsed() };
+        let row = Row { name: job.name(), outcome: strict(outcome), counts, time: started.elapsed() };
         if let Outcome::Failed(reason) = &row.outcome {
-            ui::error(&format!("{}: {reason}", set.name()));
+            ui::error(&format!("{}: {reason}", row.name));
         }
         rows.push(row);
     }
     drop(runner);
     Ok(report(&rows))
+}
+
+/// Everything, and the oldest kernel with it, unless something is named.
+fn jobs(only: &[Set], kernels: &[String]) -> Vec<Job> {
+    let (sets, kernels) = if only.is_empty() && kernels.is_empty() {
+        (Set::value_variants().to_vec(), vec![vm::OLDEST.to_owned()])
+    } else {
+        let is_named = |set: &Set| only.contains(set);
+        (Set::value_variants().iter().copied().filter(is_named).collect(), kernels.to_vec())
+    };
+    sets.into_iter().map(Job::Here).chain(kernels.into_iter().map(Job::OnKernel)).collect()
+}
+
+fn version(text: &str) -> Result<String, String> {
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    match text.split_once('.') {
+        Some((major, minor)) if is_number(major) && is_number(minor) => Ok(text.to_owned()),
+        _ => Err(format!("'{text}' is no kernel version like 6.1")),
+    }
 }
 
 /// In CI a set that was skipped has failed.
@@ -139,6 +189,13 @@ struct Runner {
 }
 
 impl Runner {
+    fn job(&mut self, job: &Job, counts: &mut Counts) -> Result<Outcome> {
+        match job {
+            Job::Here(set) => self.set(*set, counts),
+            Job::OnKernel(version) => self.on_kernel(version, counts),
+        }
+    }
+
     fn set(&mut self, set: Set, counts: &mut Counts) -> Result<Outcome> {
         match set {
             Set::Fmt => {
@@ -244,6 +301,28 @@ impl Runner {
             cmd::check_interrupted()?;
         }
         ensure!(failures.is_empty(), "{}", failures.join("; "));
+        Ok(Outcome::Passed)
+    }
+
+    /// Runs what depends on the kernel on another one. No root is needed.
+    fn on_kernel(&mut self, version: &str, counts: &mut Counts) -> Result<Outcome> {
+        let mut targets = files(Set::Kernel)?;
+        targets.extend(files(Set::Netns)?);
+        ensure!(!targets.is_empty(), "there are no tests in tests/tests/kernel.rs and tests/tests/netns.rs");
+        if let Err(error) = vm::ensure_tools() {
+            return Ok(Outcome::Skipped(format!("{error:#}")));
+        }
+        let agent = self.agent()?;
+        let mut environment = vec![
+            ("SG_AGENT_BIN", "/bin/sg-agent".into()),
+            ("RUST_TEST_THREADS", "2".into()),
+            ("SG_FUZZ_VERDICTS", SLOW_VERDICTS.into()),
+        ];
+        let passed = ["CI", "RUST_BACKTRACE", "RUST_LOG", "RUST_TEST_THREADS", "SG_FUZZ_VERDICTS"];
+        environment.extend(passed.iter().filter_map(|name| Some((*name, env::var_os(name)?))));
+        let programs = programs(&targets)?;
+        let (arguments, environment) = (&self.filter, &environment);
+        vm::run(&vm::Job { version, agent: &agent, programs: &programs, arguments, environment }, counts)?;
         Ok(Outcome::Passed)
     }
 
@@ -381,8 +460,8 @@ fn report(rows: &[Row]) -> ExitCode {
         sum += counts;
         let reason = reason.lines().next().unwrap_or_default();
         let line = format!(
-            "{:<8} {word:<8} {:>5} tests {:>7.1} s  {reason}",
-            row.set.name(),
+            "{:<11} {word:<8} {:>5} tests {:>7.1} s  {reason}",
+            row.name,
             row.counts.passed + row.counts.failed,
             row.time.as_secs_f64()
         );
@@ -407,7 +486,7 @@ mod tests {
     use super::*;
 
     fn row(outcome: Outcome, counts: Counts) -> Row {
-        Row { set: Set::Unit, outcome, counts, time: Duration::ZERO }
+        Row { name: "unit".to_owned(), outcome, counts, time: Duration::ZERO }
     }
 
     #[test]

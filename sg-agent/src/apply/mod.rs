@@ -112,6 +112,8 @@ pub struct Applier {
     retired: Vec<Written>,
     epoch: u32,
     snapshot: Arc<Snapshot>,
+    /// What was last brought about.
+    last: Option<Desired>,
     started: bool,
 }
 
@@ -143,6 +145,7 @@ impl Applier {
             retired: Vec::new(),
             epoch,
             snapshot: Arc::default(),
+            last: None,
             started: false,
         }
     }
@@ -169,12 +172,22 @@ impl Applier {
     /// [`ApplyError`]; what was enforced before still is. Links that can't be attached to are no error but a warning
     /// in the snapshot: the others are enforced all the same.
     pub fn apply(&mut self, desired: &Desired, complete: bool) -> Result<Arc<Snapshot>, ApplyError> {
+        if self.is_enforced(desired) {
+            return Ok(self.snapshot());
+        }
         if complete || self.started {
             return self.commit(desired, complete);
         }
         let mut fresh = desired.clone();
         fresh.interfaces.retain(|&ifindex, _| !self.is_adopted(ifindex) || self.hooks.contains_key(&ifindex));
         self.commit(&fresh, false)
+    }
+
+    /// Whether there is nothing to do.
+    fn is_enforced(&self, desired: &Desired) -> bool {
+        self.started
+            && self.last.as_ref() == Some(desired)
+            && desired.interfaces.keys().all(|ifindex| self.hooks.contains_key(ifindex))
     }
 
     fn commit(&mut self, desired: &Desired, complete: bool) -> Result<Arc<Snapshot>, ApplyError> {
@@ -188,13 +201,23 @@ impl Applier {
             self.unhooked(desired).partition(|&(ifindex, _)| !self.is_adopted(ifindex));
         self.hook(&fresh, &mut warnings);
 
+        if loses_members(&self.snapshot.tables.members, &members)
+            && let Err(error) = self.end_births()
+        {
+            self.unstage(&staged);
+            return Err(error);
+        }
         let mut tables = self.snapshot.tables.clone();
-        let written = self.write_members(&members, &mut tables).and_then(|()| self.write_exempt(desired, &mut tables));
+        // Who leaves a group is out before rules change, who joins is in after: in between, nobody is allowed what
+        // neither the old state nor the new one allows.
+        let staying = common(&tables.members, &members);
+        let written = self.write_members(&staying, &mut tables).and_then(|()| self.write_exempt(desired, &mut tables));
         if let Err(error) = written {
             self.unstage(&staged);
             return Err(error);
         }
         self.bind(desired, staged, &mut tables)?;
+        self.write_members(&members, &mut tables)?;
         let mut interfaces = self.write_interfaces(desired)?;
         self.unbind(desired, &mut tables);
 
@@ -210,6 +233,7 @@ impl Applier {
             self.started = true;
         }
         tables.config = self.config;
+        self.last = Some(desired.clone());
         self.snapshot = Arc::new(Snapshot {
             generation: self.snapshot.generation + 1,
             interfaces,
@@ -240,6 +264,14 @@ impl Applier {
                 }
             }
         }
+    }
+
+    /// Takes expired flows out of the table, and returns how many live.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn sweep(&mut self) -> Result<u32, DatapathError> {
+        self.datapath.sweep()
     }
 
     /// Replaces the settings that programs read.
@@ -360,6 +392,21 @@ impl Applier {
         Ok(())
     }
 
+    /// From here on a flow in the middle may be one that leaving a group revoked, so none is picked up
+    /// ([`abi::Interface::born`]). Before the members change, or one could slip in between.
+    fn end_births(&mut self) -> Result<(), ApplyError> {
+        let snapshot = Arc::make_mut(&mut self.snapshot);
+        for (ifindex, interface) in &mut snapshot.interfaces {
+            if interface.entry.born != 0 {
+                let entry = abi::Interface { born: 0, ..interface.entry };
+                let failed = |error| DatapathError::Write { map: "INTERFACES", error };
+                self.maps.interfaces.insert(ifindex, entry, 0).map_err(failed)?;
+                interface.entry = entry;
+            }
+        }
+        Ok(())
+    }
+
     /// Tells programs that flows judged by members or own addresses are to be looked at again.
     fn announce(&mut self) -> Result<(), ApplyError> {
         self.set_config(|config| config.world = config.world.wrapping_add(1))
@@ -439,8 +486,10 @@ impl Applier {
         let earlier = self.datapath.earlier().and_then(|earlier| earlier.interfaces.get(&ifindex).copied());
         let (eni, born) = match known.or(earlier.filter(|_| !self.started)) {
             Some(entry) if entry.mac == interface.mac => {
-                // Flows that an earlier agent tracked had policies that this one can't know: nothing is picked up.
-                (entry.eni, if known.is_some() { entry.born } else { 0 })
+                // Flows that an earlier agent tracked had policies that this one can't know, and a swap of groups may
+                // lead back to the same policy: nothing is picked up.
+                let is_same = known.is_some() && entry.groups == groups;
+                (entry.eni, if is_same { entry.born } else { 0 })
             }
             _ => {
                 let number = self.enis.take();
@@ -475,6 +524,7 @@ impl Applier {
             mask4,
             subnet6,
             mask6,
+            subnet: interface.subnet_number.unwrap_or(0),
             mac: interface.mac,
             pad: [0; 2],
         })
@@ -542,11 +592,35 @@ fn is_link_local(address: &IpAddr) -> bool {
 
 fn members(desired: &Desired) -> Result<BTreeMap<(u32, IpAddr), abi::Member>, ApplyError> {
     let mut members = BTreeMap::new();
-    for (&(vpc, address), groups) in &desired.members {
-        let member = tables::member(groups).map_err(|groups| ApplyError::Member { address, groups })?;
+    for (&(vpc, address), membership) in &desired.members {
+        let member = tables::member(membership).map_err(|groups| ApplyError::Member { address, groups })?;
         members.insert((vpc, address), member);
     }
     Ok(members)
+}
+
+/// Those memberships of which the old state and the new one agree.
+fn common(
+    old: &BTreeMap<(u32, IpAddr), abi::Member>,
+    new: &BTreeMap<(u32, IpAddr), abi::Member>,
+) -> BTreeMap<(u32, IpAddr), abi::Member> {
+    let both = |old: &abi::Member, new: &abi::Member| {
+        let mut member =
+            abi::Member { subnet: if old.subnet == new.subnet { old.subnet } else { 0 }, ..Default::default() };
+        let of = |member: &abi::Member| member.groups.into_iter().take(member.count as usize).collect::<BTreeSet<_>>();
+        for group in of(old).intersection(&of(new)) {
+            member.groups[member.count as usize] = *group;
+            member.count += 1;
+        }
+        member
+    };
+    old.iter().filter_map(|(place, old)| Some((*place, both(old, new.get(place)?)))).collect()
+}
+
+/// Whether an address is in fewer groups than before.
+fn loses_members(old: &BTreeMap<(u32, IpAddr), abi::Member>, new: &BTreeMap<(u32, IpAddr), abi::Member>) -> bool {
+    let groups = |member: &abi::Member| member.groups.into_iter().take(member.count as usize).collect::<BTreeSet<_>>();
+    old.iter().any(|(place, old)| new.get(place).is_none_or(|new| new != old && !groups(old).is_subset(&groups(new))))
 }
 
 fn check_counts(desired: &Desired, members: &BTreeMap<(u32, IpAddr), abi::Member>) -> Result<(), ApplyError> {

@@ -30,7 +30,8 @@ use crate::model::{InstanceId, Scope, Warning};
 use crate::proxy::{self, Proxy};
 use crate::resolve::{self, Resolver, World};
 use crate::source::Ec2Options;
-use crate::status::{SourceStatus, Status};
+use crate::status::{Report, Status};
+use crate::{explain, live};
 
 /// Where this agent's files are; every subcommand has these.
 #[derive(Clone, Debug)]
@@ -74,6 +75,8 @@ pub struct Options {
     pub resolve: resolve::Settings,
     /// The data path's settings.
     pub config: Config,
+    /// Whether every dropped packet is logged.
+    pub log_drops: bool,
     /// Whether enforcement ends with the agent.
     pub detach_on_exit: bool,
 }
@@ -83,7 +86,7 @@ enum Event {
     /// Links or containers may have changed.
     Look,
     /// An endpoint or file was read.
-    Polled(Polled),
+    Polled(Box<Polled>),
     /// Somebody asks.
     Asked(Request, oneshot::Sender<Reply>),
 }
@@ -91,18 +94,29 @@ enum Event {
 /// How long connections through the proxy may go on after the agent was told to end.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// How often expired flows are taken out of the table. They count for nothing before that, but take up room.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+
 /// Runs until a signal ends it.
 ///
 /// # Errors
 /// What keeps it from starting: another agent holds the state directory, the kernel refuses, options contradict the
 /// machine. Once it runs, nothing that it hears ends it.
 pub async fn run(options: Options) -> Result<()> {
+    // First of all: one that comes while the agent starts must not be lost, nor end it halfway.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
     let _lock = lock::take(&options.places.state_dir)?;
+    raise_open_files();
     let mark = proxy_mark();
     let config = Config { proxy_mark: mark, ..options.config };
-    let (datapath, maps) =
-        tokio::task::block_in_place(|| Datapath::load(&config, Some(Pins::new(&options.places.bpffs))))
-            .context("the data path cannot be set up")?;
+    let (mut datapath, maps) = tokio::task::block_in_place(|| {
+        Datapath::load(&config, Some(Pins::new(&options.places.bpffs)), options.log_drops)
+    })
+    .context("the data path cannot be set up")?;
+    if options.log_drops {
+        datapath.follow_drops().context("the programs' log cannot be read")?;
+    }
     let applier = Applier::new(datapath, maps, config);
 
     let shutdown = CancellationToken::new();
@@ -127,6 +141,8 @@ pub async fn run(options: Options) -> Result<()> {
         world: World::new(),
         desk: Desk::default(),
         apply_error: None,
+        refused: 0,
+        flows: 0,
         proxy_warnings: Vec::new(),
         told: BTreeSet::new(),
     };
@@ -134,8 +150,8 @@ pub async fn run(options: Options) -> Result<()> {
     daemon.look().await;
     daemon.reconcile().await;
 
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut sweeps = tokio::time::interval(SWEEP_INTERVAL);
+    sweeps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             event = inbox.recv() => match event {
@@ -144,6 +160,7 @@ pub async fn run(options: Options) -> Result<()> {
             },
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
+            _ = sweeps.tick() => daemon.sweep(),
             () = daemon.desk.next_deadline() => daemon.desk.expire(),
         }
     }
@@ -156,6 +173,16 @@ pub async fn run(options: Options) -> Result<()> {
         tracing::info!("enforcement stays on without the agent; 'sg-agent detach' ends it");
     }
     Ok(())
+}
+
+/// As many open files as the system lets this process have: a proxied connection takes two to six.
+fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::debug!(%error, "the limit of open files stays as it is");
+    }
 }
 
 /// A mark that nothing else on the machine is likely to use. Only what may set marks (CAP_NET_ADMIN in the host's
@@ -236,11 +263,7 @@ impl Pollers {
     fn want(&mut self, attachments: &[Attachment], warnings: &mut Vec<Warning>) {
         let mut wanted: BTreeMap<Hint, BTreeSet<InstanceId>> = BTreeMap::from([((None, None), BTreeSet::new())]);
         for attachment in attachments {
-            // One file is all scopes.
-            let hint = match self.origins {
-                Origins::File(_) => (None, None),
-                Origins::Endpoint(_) => (attachment.account.clone(), attachment.region.clone()),
-            };
+            let hint = (attachment.account.clone(), attachment.region.clone());
             wanted.entry(hint).or_default().insert(attachment.instance.clone());
         }
         self.running.retain(|hint, _| wanted.contains_key(hint));
@@ -279,6 +302,10 @@ struct Daemon {
     world: World,
     desk: Desk,
     apply_error: Option<String>,
+    /// Changes that were refused whole.
+    refused: u64,
+    /// Flows that lived at the last sweep.
+    flows: u32,
     proxy_warnings: Vec<Warning>,
     /// Warnings that are in the log already.
     told: BTreeSet<Warning>,
@@ -292,18 +319,14 @@ impl Daemon {
                 self.reconcile().await;
             }
             Event::Polled(polled) => {
-                self.take(polled);
+                self.take(*polled);
                 self.reconcile().await;
             }
             Event::Asked(Request::Status, reply) => {
                 let _ = reply.send(Reply::Status(Box::new(self.status())));
             }
             Event::Asked(Request::Explain(query), reply) => {
-                let answer = crate::explain::explain(&self.applier.snapshot(), &query);
-                let _ = reply.send(match answer {
-                    Ok(explanation) => Reply::Explanation(explanation),
-                    Err(error) => Reply::Error(error.to_string()),
-                });
+                let _ = reply.send(self.explain(&query));
             }
             Event::Asked(Request::Sync { seconds }, reply) => {
                 let asked = Instant::now();
@@ -342,6 +365,12 @@ impl Daemon {
                 self.looked_error = Some(text);
             }
         }
+        if let Origins::File(_) = self.pollers.origins {
+            // One file is all accounts and regions.
+            for attachment in &mut self.discovered.attachments {
+                (attachment.account, attachment.region) = (None, None);
+            }
+        }
         self.looked = Some(began);
         let mut warnings = Vec::new();
         self.pollers.want(&self.discovered.attachments, &mut warnings);
@@ -377,12 +406,14 @@ impl Daemon {
                 let text = error.to_string();
                 if self.apply_error.as_ref() != Some(&text) {
                     tracing::error!("{text}");
+                    self.refused += 1;
                 }
                 self.apply_error = Some(text);
             }
         }
         let wanted = self.published();
         self.proxy_warnings = self.proxy.reconcile(wanted).await;
+        self.proxy_warnings.extend(self.unattached());
         self.tell();
     }
 
@@ -391,6 +422,38 @@ impl Daemon {
         self.looked_error.is_none()
             && self.pollers.running.values().all(|poller| poller.last_success().is_some())
             && self.discovered.attachments.iter().all(|attachment| !self.is_new(&attachment.instance.0))
+    }
+
+    fn explain(&mut self, query: &explain::Query) -> Reply {
+        let mut explanation = match explain::explain(&self.applier.snapshot(), query) {
+            Ok(explanation) => explanation,
+            Err(error) => return Reply::Error(error.to_string()),
+        };
+        if query.live {
+            let verified = tokio::task::block_in_place(|| live::verify(&mut self.applier, query, &mut explanation));
+            if let Err(error) = verified {
+                return Reply::Error(format!("the kernel could not be asked: {error}"));
+            }
+        }
+        Reply::Explanation(explanation)
+    }
+
+    fn sweep(&mut self) {
+        match tokio::task::block_in_place(|| self.applier.sweep()) {
+            Ok(live) => self.flows = live,
+            Err(error) => tracing::warn!(%error, "expired flows stay in the table"),
+        }
+    }
+
+    /// Published ports of instances that aren't attached here: every client is refused.
+    fn unattached(&self) -> Vec<Warning> {
+        let attached = |instance: &InstanceId| self.discovered.attachments.iter().any(|a| a.instance == *instance);
+        let missing = self.flags.iter().filter(|port| !attached(&port.instance));
+        let warn = |port: &proxy::PublishSpec| Warning {
+            subject: port.instance.to_string(),
+            problem: format!("is not attached here: clients of host port {} are refused until it is", port.host_port),
+        };
+        missing.map(warn).collect()
     }
 
     /// The ports that flags and containers publish.
@@ -437,10 +500,11 @@ impl Daemon {
 
     /// Answers those who wait for the desired state, once it is enforced.
     fn serve_waiting(&mut self) {
-        let Some(oldest) = self.pollers.running.values().map(Poller::last_success).min().flatten() else { return };
-        let problems = self.problems();
-        let since = oldest.min(self.looked.unwrap_or(oldest));
-        self.desk.serve(since, &problems);
+        let oldest = self.pollers.running.values().map(Poller::last_success).min().flatten();
+        let since = oldest.map(|oldest| oldest.min(self.looked.unwrap_or(oldest)));
+        let errors = self.pollers.running.values().filter_map(Poller::error);
+        let problems: Vec<String> = self.problems().into_iter().chain(errors).collect();
+        self.desk.serve(since, problems);
     }
 
     /// What keeps the desired state from being the enforced one.
@@ -455,14 +519,14 @@ impl Daemon {
     }
 
     fn status(&self) -> Status {
-        let sources: Vec<SourceStatus> = self.pollers.running.values().map(Poller::status).collect();
-        Status::new(
-            &self.applier.snapshot(),
-            self.applier.maps(),
-            sources,
-            self.proxy.counters(),
-            self.warnings(),
-            self.problems(),
-        )
+        let report = Report {
+            sources: self.pollers.running.values().map(Poller::status).collect(),
+            published: self.proxy.counters(),
+            warnings: self.warnings(),
+            problems: self.problems(),
+            refused: self.refused,
+            flows: self.flows,
+        };
+        Status::new(&self.applier.snapshot(), self.applier.maps(), report)
     }
 }

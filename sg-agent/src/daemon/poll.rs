@@ -58,7 +58,8 @@ impl Poller {
         events: mpsc::Sender<Event>,
     ) -> Result<Self, SourceError> {
         let ec2 = Ec2::new(options)?;
-        let (scope, name) = (ec2.scope().clone(), ec2.endpoint().to_owned());
+        let (scope, name) = (ec2.scope().clone(), ec2.endpoint());
+        tracing::info!(endpoint = %name, region = %scope.region, "security groups are read from here");
         let (wanted, mut wishes) = watch::channel(BTreeSet::new());
         let hurry = Arc::new(Notify::new());
         let hurried = Arc::clone(&hurry);
@@ -72,7 +73,7 @@ impl Poller {
                     .await
                     .map(|inventory| (ec2.scope().clone(), inventory));
                 pause = if result.is_ok() { interval } else { (pause * 2).min(LONGEST_PAUSE) };
-                let polled = Polled { hint: hint.clone(), began, asked_for, result };
+                let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, result });
                 if events.send(Event::Polled(polled)).await.is_err() {
                     return;
                 }
@@ -101,7 +102,7 @@ impl Poller {
                 let stamp = stamp(&path).await;
                 let asked_for = wishes.borrow_and_update().clone();
                 let result = RulesFile::load(&path).map(|inventory| (its_scope.clone(), inventory));
-                let polled = Polled { hint: hint.clone(), began, asked_for, result };
+                let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, result });
                 if events.send(Event::Polled(polled)).await.is_err() {
                     return;
                 }
@@ -157,12 +158,21 @@ impl Poller {
             Err(error) => {
                 let text = chain(&error);
                 if self.error.as_ref() != Some(&text) {
-                    tracing::warn!(source = %self.name, "{text}; the last good policy stands");
+                    let meanwhile = match self.success {
+                        Some(_) => "the last good policy stands",
+                        None => "until it answers, instances are denied everything",
+                    };
+                    tracing::warn!(source = %self.name, "{text}; {meanwhile}");
                 }
                 self.error = Some(text);
                 None
             }
         }
+    }
+
+    /// Why the last read failed, if it did.
+    pub(super) fn error(&self) -> Option<String> {
+        self.error.clone()
     }
 
     /// The account and region that it reads.

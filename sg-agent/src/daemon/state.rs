@@ -25,12 +25,10 @@ impl Desk {
         self.waiting.push(Waiting { asked, until: asked + patience, reply });
     }
 
-    /// Everything was read at `since` or later; what stands in the way of enforcing it are `problems`.
-    pub fn serve(&mut self, since: Instant, problems: &[String]) {
-        self.last_problems = problems.to_vec();
-        if !problems.is_empty() {
-            return;
-        }
+    /// Everything was read at `since` or later, if it was read; what stands in the way of enforcing it are `problems`.
+    pub fn serve(&mut self, since: Option<Instant>, problems: Vec<String>) {
+        self.last_problems = problems;
+        let Some(since) = since.filter(|_| self.last_problems.is_empty()) else { return };
         for waiting in self.waiting.extract_if(.., |waiting| waiting.asked <= since) {
             // Who has hung up needs no answer.
             let _ = waiting.reply.send(Reply::Synced);
@@ -70,11 +68,13 @@ mod tests {
         let before = Instant::now();
         let asked = before + Duration::from_millis(1);
         desk.wait(asked, Duration::from_secs(60), tell);
-        desk.serve(before, &[]);
+        desk.serve(Some(before), Vec::new());
         assert!(told.try_recv().is_err());
-        desk.serve(asked, &["not attached".into()]);
+        desk.serve(Some(asked), vec!["not attached".into()]);
         assert!(told.try_recv().is_err());
-        desk.serve(asked, &[]);
+        desk.serve(None, Vec::new());
+        assert!(told.try_recv().is_err());
+        desk.serve(Some(asked), Vec::new());
         assert!(matches!(told.try_recv(), Ok(Reply::Synced)));
     }
 
@@ -84,7 +84,7 @@ mod tests {
         let (tell, mut told) = oneshot::channel();
         let asked = Instant::now();
         desk.wait(asked, Duration::ZERO, tell);
-        desk.serve(asked, &["link veth0 is not enforced".into()]);
+        desk.serve(Some(asked), vec!["link veth0 is not enforced".into()]);
         desk.expire();
         assert!(matches!(told.try_recv(), Ok(Reply::Error(text)) if text.contains("veth0")));
     }

@@ -1,11 +1,11 @@
 //! Programs onto links, and off them.
 
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
-use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError};
-use aya::programs::{LinkOrder, TcAttachType, tc};
-use aya::util::KernelVersion;
+use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
+use aya::programs::{LinkOrder, TcAttachType};
 use sg_common::abi::Direction;
 
+use super::filter::{Filter, has_tcx};
 use super::pins::remove;
 use super::{Datapath, DatapathError};
 
@@ -24,12 +24,9 @@ enum Attached {
     Pinned(PinnedLink),
     /// It goes with this value.
     Held(#[expect(dead_code, reason = "dropping it detaches")] FdLink),
-    /// A clsact filter (kernels before 6.6).
-    Filter(SchedClassifierLink),
+    /// Kernels before 6.6. Pinned or held.
+    Filter(Filter),
 }
-
-/// The clsact filter's priority: the first, so that no other one decides before.
-const PRIORITY: u16 = 1;
 
 impl Datapath {
     /// Attaches both programs to a link, before every other program there. Where an earlier agent's are attached,
@@ -50,10 +47,10 @@ impl Datapath {
         let pin = self.pins.as_ref().map(|pins| pins.link(ifindex, direction));
         let failed =
             |error: Box<dyn std::error::Error + Send + Sync>| DatapathError::Attach { link: name.into(), error };
-        if !has_tcx() {
-            return self.attach_filter(name, direction).map(Attached::Filter).map_err(failed);
-        }
         let program = self.program(direction)?;
+        if !has_tcx() {
+            return Filter::attach(program, ifindex, name, direction, pin).map(Attached::Filter).map_err(failed);
+        }
         let earlier = match &pin {
             Some(pin) => match PinnedLink::from_pin(pin) {
                 Ok(link) => Some(link),
@@ -89,22 +86,6 @@ impl Datapath {
             None => Ok(Attached::Held(link)),
         }
     }
-
-    fn attach_filter(
-        &mut self,
-        name: &str,
-        direction: Direction,
-    ) -> Result<SchedClassifierLink, Box<dyn std::error::Error + Send + Sync>> {
-        match tc::qdisc_add_clsact(name) {
-            Ok(()) | Err(TcError::AlreadyAttached) => {}
-            Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(nix::libc::EEXIST) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let program = self.program(direction)?;
-        let options = NlOptions { priority: PRIORITY, ..NlOptions::default() };
-        let id = program.attach_with_options(name, hook(direction), TcAttachOptions::Netlink(options))?;
-        Ok(program.take_link(id)?)
-    }
 }
 
 impl Hook {
@@ -118,9 +99,7 @@ impl Hook {
             let detached = match link {
                 Attached::Pinned(link) => link.unpin().map(drop),
                 Attached::Held(_) => Ok(()),
-                Attached::Filter(link) => {
-                    aya::programs::Link::detach(link).map_err(|error| std::io::Error::other(error.to_string()))
-                }
+                Attached::Filter(filter) => filter.detach(),
             };
             result = result.and(detached);
         }
@@ -128,13 +107,8 @@ impl Hook {
     }
 }
 
-/// TCX came with 6.6 (kernel commit e420bed02507).
-fn has_tcx() -> bool {
-    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
-}
-
 /// What leaves the host by the link arrives at the instance.
-fn hook(direction: Direction) -> TcAttachType {
+pub(super) fn hook(direction: Direction) -> TcAttachType {
     match direction {
         Direction::Ingress => TcAttachType::Egress,
         Direction::Egress => TcAttachType::Ingress,

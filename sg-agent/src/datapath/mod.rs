@@ -6,20 +6,25 @@
 //! and carried over, so an agent that dies or is replaced cuts nothing.
 
 mod attach;
+mod drops;
+mod filter;
 mod mapped;
 mod maps;
 mod pins;
+mod trial;
 
 pub use attach::Hook;
 pub use maps::{Maps, absent_is_fine};
 pub use pins::{DetachReport, Pins};
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::PathBuf;
 
 use aya::maps::IterableMap;
-use aya::programs::{ProgramError, SchedClassifier};
+use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfError, EbpfLoader};
+use nix::fcntl::Flock;
 use sg_common::abi::{self, Config, Direction};
 
 /// The programs' object file, built by `cargo xtask build` and put into the executable.
@@ -68,6 +73,12 @@ pub enum DatapathError {
         /// Why.
         error: std::io::Error,
     },
+    /// Another agent has the directory.
+    #[error("another sg-agent uses {path}; give each agent its own --bpffs (and --state-dir)", path = path.display())]
+    PinsHeld {
+        /// The directory.
+        path: PathBuf,
+    },
     /// A map can't be mapped into memory.
     #[error("cannot map {map} into memory: {error}")]
     Mmap {
@@ -94,19 +105,24 @@ pub struct Datapath {
     pins: Option<Pins>,
     /// What an earlier agent left.
     earlier: Option<Earlier>,
+    _lock: Option<Flock<File>>,
 }
 
 impl Datapath {
     /// Loads programs and maps. With `pins`, what packets wrote under an earlier agent is carried over if its layout
-    /// is this one's.
+    /// is this one's. `log_drops` makes the programs tell of every packet that they drop; see [`Self::follow_drops`].
     ///
     /// # Errors
     /// Those of loading and of bpffs; nothing that is attached has been touched then.
-    pub fn load(config: &Config, pins: Option<Pins>) -> Result<(Self, Maps), DatapathError> {
+    pub fn load(config: &Config, pins: Option<Pins>, log_drops: bool) -> Result<(Self, Maps), DatapathError> {
         let mut loader = EbpfLoader::new();
-        let mut earlier = None;
+        let level = if log_drops { drops::LEVEL } else { 0 };
+        loader.override_global(aya_log::LEVEL, &level, true);
+        let (mut earlier, mut lock) = (None, None);
         if let Some(pins) = &pins {
-            if pins.prepare()? {
+            let has_flows;
+            (lock, has_flows) = pins.prepare()?;
+            if has_flows {
                 earlier = pins.earlier().map(|(interfaces, epoch)| Earlier { interfaces, epoch });
             }
             for (name, path) in pins.shared_maps() {
@@ -119,9 +135,12 @@ impl Datapath {
             let program = classifier(&mut ebpf, direction)?;
             program.load().map_err(|error| DatapathError::Program { program: name, error: Box::new(error) })?;
         }
+        let sweep: &mut SchedClassifier =
+            ebpf.program_mut(SWEEP).and_then(|program| program.try_into().ok()).ok_or(DatapathError::Map(SWEEP))?;
+        sweep.load().map_err(|error| DatapathError::Program { program: SWEEP, error: Box::new(error) })?;
         let mut maps = Maps::take(&mut ebpf)?;
         maps.set_config(&Config { layout: abi::LAYOUT, ..*config })?;
-        Ok((Self { ebpf, pins, earlier }, maps))
+        Ok((Self { ebpf, pins, earlier, _lock: lock }, maps))
     }
 
     /// The program for one direction, for running it on test packets.
@@ -130,6 +149,29 @@ impl Datapath {
     /// [`DatapathError::Map`] where the object isn't ours.
     pub fn program(&mut self, direction: Direction) -> Result<&mut SchedClassifier, DatapathError> {
         classifier(&mut self.ebpf, direction)
+    }
+
+    /// Takes expired flows out of the table, and returns how many live. Packets do so themselves when it is full.
+    ///
+    /// # Errors
+    /// [`DatapathError::Program`]
+    pub fn sweep(&mut self) -> Result<u32, DatapathError> {
+        /// The shortest frame that BPF_PROG_TEST_RUN takes: an Ethernet header (kernel: `bpf_prog_test_run_skb`).
+        const FRAME: [u8; 14] = [0; 14];
+        let sweep: &SchedClassifier =
+            self.ebpf.program(SWEEP).and_then(|program| program.try_into().ok()).ok_or(DatapathError::Map(SWEEP))?;
+        let result = sweep
+            .test_run(TestRunOptions { data_in: Some(&FRAME), ..TestRunOptions::default() })
+            .map_err(|error| DatapathError::Program { program: SWEEP, error: Box::new(error) })?;
+        Ok(result.return_value)
+    }
+
+    /// Passes on what the programs log.
+    ///
+    /// # Errors
+    /// Those of the ring buffer.
+    pub fn follow_drops(&mut self) -> anyhow::Result<()> {
+        drops::follow(&mut self.ebpf)
     }
 
     /// What an earlier agent left.
@@ -153,6 +195,9 @@ impl Datapath {
         self.pins.as_ref()
     }
 }
+
+/// The program that takes expired flows out of the table.
+const SWEEP: &str = "sweep";
 
 /// The name in the object of the program for a direction.
 fn program_name(direction: Direction) -> &'static str {

@@ -5,10 +5,15 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
 use aya::maps::{Array, Map, MapData};
 use sg_common::abi::{self, Binding, Direction, Interface};
 
 use super::DatapathError;
+use super::filter::{self, has_tcx};
 
 /// The maps that packets write: a new set of programs goes on with them.
 const SHARED: [(&str, &str); 4] =
@@ -39,14 +44,16 @@ impl Pins {
         Self { directory: directory.into() }
     }
 
-    /// Makes the directory, and drops the maps of other layouts. Whether there are flows to carry over.
-    pub(super) fn prepare(&self) -> Result<bool, DatapathError> {
+    /// Makes the directory, takes it, and drops the maps of other layouts. Whether there are flows to carry over.
+    pub(super) fn prepare(&self) -> Result<(Option<Flock<fs::File>>, bool), DatapathError> {
         let fail = |path: &Path| {
             let path = path.to_owned();
             move |error| DatapathError::Pins { path, error }
         };
+        self.check_file_system()?;
         let links = self.directory.join("links");
         fs::create_dir_all(&links).map_err(fail(&links))?;
+        let lock = self.lock()?;
         let current = format!("-v{}", abi::LAYOUT);
         for path in list(&self.directory).map_err(fail(&self.directory))? {
             let is_current = path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(&current));
@@ -54,7 +61,38 @@ impl Pins {
                 remove(&path).map_err(fail(&path))?;
             }
         }
-        Ok(self.map("flows").exists())
+        Ok((lock, self.map("flows").exists()))
+    }
+
+    /// Pins live on bpffs only; on any other file system the directory isn't even made.
+    fn check_file_system(&self) -> Result<(), DatapathError> {
+        let fail = |error| DatapathError::Pins { path: self.directory.clone(), error };
+        let existing = self.directory.ancestors().find(|path| path.exists());
+        let existing = existing.ok_or_else(|| fail(io::ErrorKind::NotFound.into()))?;
+        let statistics = statfs(existing).map_err(|error| fail(error.into()))?;
+        if statistics.filesystem_type() == BPF_FS_MAGIC {
+            return Ok(());
+        }
+        Err(fail(io::Error::other(format!("{} is not on a bpf file system", existing.display()))))
+    }
+
+    /// Takes the directory for this process: two agents with one directory would take each other's programs off.
+    /// `None` where there is no directory.
+    ///
+    /// # Errors
+    /// [`DatapathError::PinsHeld`]
+    pub fn lock(&self) -> Result<Option<Flock<fs::File>>, DatapathError> {
+        let fail = |error| DatapathError::Pins { path: self.directory.clone(), error };
+        let directory = match fs::File::open(&self.directory) {
+            Ok(directory) => directory,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(fail(error)),
+        };
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(lock)),
+            Err((_, Errno::EWOULDBLOCK)) => Err(DatapathError::PinsHeld { path: self.directory.clone() }),
+            Err((_, error)) => Err(fail(error.into())),
+        }
     }
 
     /// The file of a map; its name has the layout, so that another one's is never taken for it. (No dot: bpffs refuses it.)
@@ -96,18 +134,14 @@ impl Pins {
     /// # Errors
     /// The first that was met.
     pub fn remove_link(&self, ifindex: u32) -> io::Result<bool> {
-        let one = remove(&self.link(ifindex, Direction::Ingress));
-        let other = remove(&self.link(ifindex, Direction::Egress));
+        let one = remove_attachment(&self.link(ifindex, Direction::Ingress));
+        let other = remove_attachment(&self.link(ifindex, Direction::Egress));
         Ok(one? | other?)
     }
 
     /// Where the link of one direction of a host-side link is pinned.
     pub(super) fn link(&self, ifindex: u32, direction: Direction) -> PathBuf {
-        let direction = match direction {
-            Direction::Ingress => "ingress",
-            Direction::Egress => "egress",
-        };
-        self.directory.join("links").join(format!("{ifindex}-{direction}"))
+        self.directory.join("links").join(format!("{ifindex}-{}", direction_name(direction)))
     }
 
     /// The indices of the links that have something pinned.
@@ -117,8 +151,7 @@ impl Pins {
     pub fn attached(&self) -> io::Result<Vec<u32>> {
         let mut indices = Vec::new();
         for name in list(&self.directory.join("links"))? {
-            let file = name.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            indices.extend(file.split_once('-').and_then(|(index, _)| index.parse::<u32>().ok()));
+            indices.extend(attachment(&name).map(|(ifindex, _)| ifindex));
         }
         indices.sort_unstable();
         indices.dedup();
@@ -129,8 +162,8 @@ impl Pins {
     pub fn remove_all(&self) -> DetachReport {
         let mut report = DetachReport::default();
         let links = self.directory.join("links");
-        report.links = report.remove_files(&links);
-        report.maps = report.remove_files(&self.directory);
+        report.links = report.remove_files(&links, remove_attachment);
+        report.maps = report.remove_files(&self.directory, remove);
         for directory in [&links, &self.directory] {
             match fs::remove_dir(directory) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => report.fail("remove", directory, &error),
@@ -143,7 +176,7 @@ impl Pins {
 
 impl DetachReport {
     /// Removes a directory's files; how many there were.
-    fn remove_files(&mut self, directory: &Path) -> usize {
+    fn remove_files(&mut self, directory: &Path, remove: fn(&Path) -> io::Result<bool>) -> usize {
         let paths = list(directory).unwrap_or_else(|error| {
             self.fail("list", directory, &error);
             Vec::new()
@@ -161,6 +194,33 @@ impl DetachReport {
     fn fail(&mut self, verb: &str, path: &Path, error: &io::Error) {
         self.errors.push(format!("cannot {verb} {}: {error}", path.display()));
     }
+}
+
+fn direction_name(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => "ingress",
+        Direction::Egress => "egress",
+    }
+}
+
+/// The link and direction that a file in `links` stands for.
+fn attachment(path: &Path) -> Option<(u32, Direction)> {
+    let (ifindex, name) = path.file_name()?.to_str()?.split_once('-')?;
+    let direction =
+        [Direction::Ingress, Direction::Egress].into_iter().find(|&direction| direction_name(direction) == name)?;
+    Some((ifindex.parse().ok()?, direction))
+}
+
+/// Removes a file of `links`, and the program from the link with it; whether there was one. A TCX link ends with its
+/// last reference, a filter doesn't.
+fn remove_attachment(path: &Path) -> io::Result<bool> {
+    if let Some((ifindex, direction)) = attachment(path)
+        && !has_tcx()
+        && path.exists()
+    {
+        filter::remove(ifindex, direction)?;
+    }
+    remove(path)
 }
 
 /// Removes a file; whether there was one.

@@ -11,7 +11,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{self, Instant, MissedTickBehavior};
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
 use super::{DiscoveryError, Options, docker};
 
@@ -113,7 +113,7 @@ async fn docker_events(options: &Options, notify: &Notify) {
         let (endpoint, cause) = listen(options, notify, &mut away).await;
         if !away {
             away = true;
-            warn!(endpoint, cause, "docker doesn't answer: what is attached stays as it is until it does");
+            debug!(endpoint, cause, "docker doesn't answer");
             notify.notify_one();
         }
         if started.elapsed() >= HEALTHY {

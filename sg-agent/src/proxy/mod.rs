@@ -159,9 +159,6 @@ impl Proxy {
         for published in &wanted {
             warnings.extend(self.open(published, &wanted));
         }
-        for warning in &warnings {
-            tracing::warn!("{warning}");
-        }
         warnings
     }
 

@@ -15,8 +15,9 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::task::coop::consume_budget;
 
-/// Bytes that a pipe is asked to hold. The kernel gives less where its limits say so (pipe(7), pipe-user-pages-soft).
-const PIPE_BYTES: usize = 256 * 1024;
+/// Bytes that a pipe is asked to hold: the kernel's own default for `fs.pipe-max-size`. It gives less where its limits
+/// say so (pipe(7), pipe-user-pages-soft).
+const PIPE_BYTES: usize = 1024 * 1024;
 /// Empty pipes that are kept for the next connection that needs one.
 const MOST_IDLE_PIPES: usize = 256;
 /// Fills of a pipe that are saved of what a socket received before it was reset.

@@ -56,6 +56,8 @@ calls! {
     DescribeManagedPrefixLists: "prefixListSet" of PrefixList,
     /// One prefix list's entries, at its latest version.
     GetManagedPrefixListEntries: "entrySet" of PrefixListEntry,
+    /// VPCs.
+    DescribeVpcs: "vpcSet" of Vpc,
     /// Subnets.
     DescribeSubnets: "subnetSet" of Subnet,
     /// Network ACLs.

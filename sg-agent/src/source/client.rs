@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use http::{HeaderValue, header};
 use reqsign::aws::{Credential, DefaultCredentialProvider, RequestSigner, StaticCredentialProvider};
-use reqsign::{Context, ProvideCredential, Signer, default_context};
+use reqsign::{Context, OsEnv, ProvideCredential, Signer, default_context};
+use reqsign_command_execute_tokio::TokioCommandExecute;
+use reqsign_file_read_tokio::TokioFileRead;
 use reqwest::Url;
 use tokio::sync::Semaphore;
 
@@ -60,17 +62,18 @@ impl Client {
         let http = reqwest::Client::builder()
             .timeout(settings.timeout)
             .connect_timeout(CONNECT_TIMEOUT)
-            .redirect(reqwest::redirect::Policy::none())
-            .build()
-            .map_err(SourceError::Client)?;
+            .redirect(reqwest::redirect::Policy::none());
+        // Without TLS, a machine without CA certificates (a bare container) does as well.
+        let http = if settings.endpoint.scheme() == "http" { http.tls_certs_only([]) } else { http };
+        let http = http.build().map_err(SourceError::Client)?;
         let account = settings.account.as_deref().filter(|_| settings.emulator);
         let request_signer = RequestSigner::new("ec2", &settings.region);
         let signer = match account {
             Some(account) => {
                 let key = StaticCredentialProvider::new(account, quirks::DUMMY_SECRET_KEY);
-                Signer::new(default_context(), key, request_signer)
+                Signer::new(local_context(), key, request_signer)
             }
-            None if settings.emulator => Signer::new(default_context(), EmulatorCredentials::default(), request_signer),
+            None if settings.emulator => Signer::new(local_context(), EmulatorCredentials::default(), request_signer),
             None => Signer::new(default_context(), DefaultCredentialProvider::new(), request_signer),
         };
         let account = account.and_then(|account| HeaderValue::from_str(account).ok());
@@ -194,6 +197,12 @@ impl Client {
     pub fn url(&self) -> String {
         self.endpoint.to_string()
     }
+}
+
+/// Where an emulator's credentials are looked for: the environment and the profile's files. Not over the network, for
+/// which reqsign's own client would need CA certificates that a bare container doesn't have.
+fn local_context() -> Context {
+    Context::new().with_env(OsEnv).with_file_read(TokioFileRead).with_command_execute(TokioCommandExecute)
 }
 
 /// What the tools find, and a dummy where they find nothing: emulators take any. The metadata service isn't asked: on

@@ -5,15 +5,15 @@
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use futures_util::future::try_join_all;
 
 use super::answer::{
     AnswerError, Call, DescribeInstances, DescribeManagedPrefixLists, DescribeNetworkAcls, DescribeNetworkInterfaces,
-    DescribeSecurityGroupRules, DescribeSecurityGroups, DescribeSubnets, DescribeVpcPeeringConnections,
+    DescribeSecurityGroupRules, DescribeSecurityGroups, DescribeSubnets, DescribeVpcPeeringConnections, DescribeVpcs,
     GetManagedPrefixListEntries,
 };
 use super::client::{Client, Parameters};
@@ -24,6 +24,9 @@ use super::settings::{Ec2Options, Settings};
 use super::wire;
 use super::{SourceError, Wanted};
 use crate::model::{GroupId, Inventory, Scope};
+
+/// An instance that there isn't.
+const NOBODY: &str = "i-00000000000000000";
 
 /// The values that AWS takes in one filter.
 const FILTER_VALUES: usize = 200;
@@ -42,6 +45,7 @@ pub struct Ec2 {
     learnt: OnceLock<Scope>,
     told_of_default_groups: AtomicBool,
     rule_ids: RuleIds,
+    vpcs: Mutex<BTreeMap<String, wire::Vpc>>,
 }
 
 impl Ec2 {
@@ -63,6 +67,7 @@ impl Ec2 {
             learnt: OnceLock::new(),
             told_of_default_groups: AtomicBool::new(false),
             rule_ids: RuleIds::default(),
+            vpcs: Mutex::default(),
         })
     }
 
@@ -91,10 +96,11 @@ impl Ec2 {
     }
 
     async fn everything(&self) -> Result<Facts, SourceError> {
-        let (reservations, interfaces, (groups, rules), subnets, acls, peerings) = tokio::try_join!(
+        let (reservations, interfaces, (groups, rules), vpcs, subnets, acls, peerings) = tokio::try_join!(
             self.client.all::<DescribeInstances>(vec![]),
             self.client.all::<DescribeNetworkInterfaces>(vec![]),
             self.groups(None),
+            optional(self.client.all::<DescribeVpcs>(vec![])),
             optional(self.client.all::<DescribeSubnets>(vec![])),
             optional(self.client.all::<DescribeNetworkAcls>(vec![])),
             optional(self.client.all::<DescribeVpcPeeringConnections>(vec![])),
@@ -102,18 +108,36 @@ impl Ec2 {
         let (_, lists) = references(&groups, rules.as_deref());
         let prefix_lists = self.prefix_lists(lists).await?;
         let reservations = Some(reservations);
-        Ok(Facts { groups, rules, reservations, interfaces, prefix_lists, subnets, acls, peerings, ..Facts::default() })
+        Ok(Facts {
+            groups,
+            rules,
+            reservations,
+            interfaces,
+            prefix_lists,
+            vpcs,
+            subnets,
+            acls,
+            peerings,
+            ..Facts::default()
+        })
     }
 
     /// The wanted instances first, then their groups, then what those refer to: three rounds, whatever else is there.
-    async fn of(&self, instances: BTreeSet<String>) -> Result<Facts, SourceError> {
+    async fn of(&self, mut instances: BTreeSet<String>) -> Result<Facts, SourceError> {
+        if instances.is_empty() {
+            // Still asked, so that an endpoint that doesn't answer is known before anybody depends on it.
+            instances.insert(NOBODY.to_owned());
+        }
         let mut reservations = self.filtered::<DescribeInstances>("instance-id", &instances).await?;
         let live = || live_instances(&reservations);
         let in_groups: BTreeSet<String> = live().flat_map(all_groups).map(|id| id.to_string()).collect();
         let interfaces = live().flat_map(|instance| &instance.interfaces);
         let in_subnets: BTreeSet<String> = interfaces.filter_map(|interface| interface.subnet.clone()).collect();
-        let ((mut groups, rules), subnets, acls) = tokio::try_join!(
+        let interfaces = live().flat_map(|instance| &instance.interfaces);
+        let in_vpcs: BTreeSet<String> = interfaces.filter_map(|interface| interface.vpc.clone()).collect();
+        let ((mut groups, rules), vpcs, subnets, acls) = tokio::try_join!(
             self.groups(Some(&in_groups)),
+            self.vpcs(&in_vpcs),
             optional(self.filtered::<DescribeSubnets>("subnet-id", &in_subnets)),
             optional(self.filtered::<DescribeNetworkAcls>("association.subnet-id", &in_subnets)),
         )?;
@@ -146,11 +170,28 @@ impl Ec2 {
             reservations,
             interfaces,
             prefix_lists,
+            vpcs,
             subnets,
             acls,
             peerings,
             ..Facts::default()
         })
+    }
+
+    /// VPCs. What is used of one, its primary network, never changes, so each is asked for once.
+    async fn vpcs(&self, ids: &BTreeSet<String>) -> Result<Vec<wire::Vpc>, SourceError> {
+        let unread: BTreeSet<String> = {
+            let known = self.known_vpcs();
+            ids.iter().filter(|id| !known.contains_key(*id)).cloned().collect()
+        };
+        let read = optional(self.filtered::<DescribeVpcs>("vpc-id", &unread)).await?;
+        let mut known = self.known_vpcs();
+        known.extend(read.into_iter().map(|vpc| (vpc.id.clone(), vpc)));
+        Ok(ids.iter().filter_map(|id| known.get(id).cloned()).collect())
+    }
+
+    fn known_vpcs(&self) -> MutexGuard<'_, BTreeMap<String, wire::Vpc>> {
+        self.vpcs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The groups, and their rules with ids: `None` where the endpoint can't list them, and the groups' permissions

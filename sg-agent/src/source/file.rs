@@ -31,6 +31,7 @@ struct Document {
     reservations: Option<Vec<wire::Reservation>>,
     network_interfaces: Option<Vec<wire::NetworkInterface>>,
     prefix_lists: Option<Vec<wire::PrefixList>>,
+    vpcs: Option<Vec<wire::Vpc>>,
     subnets: Option<Vec<wire::Subnet>>,
     network_acls: Option<Vec<wire::NetworkAcl>>,
     vpc_peering_connections: Option<Vec<wire::Peering>>,
@@ -40,7 +41,7 @@ struct Document {
     _response_metadata: Option<serde::de::IgnoredAny>,
 }
 
-const KEYS: &str = "SecurityGroups, SecurityGroupRules, Reservations, NetworkInterfaces, PrefixLists, Subnets, \
+const KEYS: &str = "SecurityGroups, SecurityGroupRules, Reservations, NetworkInterfaces, PrefixLists, Vpcs, Subnets, \
                     NetworkAcls, VpcPeeringConnections";
 
 impl RulesFile {
@@ -88,6 +89,7 @@ fn facts(documents: Vec<Document>) -> Facts {
         }
         facts.interfaces.extend(document.network_interfaces.into_iter().flatten());
         facts.prefix_lists.extend(document.prefix_lists.into_iter().flatten());
+        facts.vpcs.extend(document.vpcs.into_iter().flatten());
         facts.subnets.extend(document.subnets.into_iter().flatten());
         facts.acls.extend(document.network_acls.into_iter().flatten());
         facts.peerings.extend(document.vpc_peering_connections.into_iter().flatten());
@@ -102,6 +104,7 @@ impl Document {
             || self.reservations.is_some()
             || self.network_interfaces.is_some()
             || self.prefix_lists.is_some()
+            || self.vpcs.is_some()
             || self.subnets.is_some()
             || self.network_acls.is_some()
             || self.vpc_peering_connections.is_some()

@@ -142,6 +142,11 @@ wire! {
     }
     /// An entry of a prefix list.
     PrefixListEntry { cidr: String = "cidr" | "Cidr" }
+    /// A VPC.
+    Vpc {
+        id: String = "vpcId" | "VpcId",
+        ipv4: Option<String> = "cidrBlock" | "CidrBlock",
+    }
     /// A subnet.
     Subnet {
         id: String = "subnetId" | "SubnetId",

@@ -11,7 +11,7 @@ pub(super) use interfaces::{groups, is_terminated};
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 use super::quirks::Quirks;
 use super::wire::{self, Number};
@@ -34,6 +34,8 @@ pub struct Facts {
     pub own_groups: BTreeMap<String, BTreeSet<GroupId>>,
     /// Prefix lists with their entries.
     pub prefix_lists: Vec<wire::PrefixList>,
+    /// VPCs.
+    pub vpcs: Vec<wire::Vpc>,
     /// Subnets.
     pub subnets: Vec<wire::Subnet>,
     /// Network ACLs.
@@ -53,6 +55,7 @@ impl Facts {
         let (instances, enis) =
             interfaces::instances(self.reservations, self.interfaces, &self.own_groups, &mut warnings);
         (inventory.instances, inventory.enis) = (instances, enis);
+        inventory.vpcs = self.vpcs.iter().filter_map(|wire| vpc(wire, &mut warnings)).collect();
         inventory.subnets = self.subnets.iter().filter_map(|wire| subnet(wire, &mut warnings)).collect();
         inventory.acls = self.acls.iter().filter_map(|wire| acls::acl(wire, quirks, &mut warnings)).collect();
         inventory.peerings = self.peerings.iter().filter_map(peering).collect();
@@ -98,6 +101,17 @@ fn prefix_list<K: for<'a> From<&'a str>>(list: &wire::PrefixList, warnings: &mut
         _ => 0,
     };
     Some((id.into(), PrefixList { id: id.into(), version, entries }))
+}
+
+fn vpc(wire: &wire::Vpc, warnings: &mut Warnings) -> Option<(VpcId, Ipv4Net)> {
+    let id = identified(&wire.id, "a VPC", warnings)?;
+    match parse_ipv4(text(&wire.ipv4)?) {
+        Ok(network) => Some((id.into(), network)),
+        Err(error) => {
+            warnings.push(id, format!("its network is left out: {error}"));
+            None
+        }
+    }
 }
 
 fn subnet<K: for<'a> From<&'a str>>(wire: &wire::Subnet, warnings: &mut Warnings) -> Option<(K, Subnet)> {

@@ -284,6 +284,7 @@ fn acl_entries_are_sorted_and_ports_read() {
 
 #[test]
 fn a_default_acl_of_an_emulator_gets_its_ipv6_entries() {
+    // SG-5.3
     let acls = items::<DescribeNetworkAcls>(fixture!("DescribeNetworkAcls_default"));
     let numbers = |quirks| {
         let inventory = Facts { acls: acls.clone(), ..Facts::default() }.inventory(quirks);
@@ -343,7 +344,9 @@ fn subnets_and_active_peerings_are_read() {
     let mut deleted = peerings[0].clone();
     (deleted.status.code, deleted.accepter.id) = ("deleted".into(), "vpc-other".into());
     peerings.push(deleted);
-    let inventory = Facts { subnets, peerings, ..Facts::default() }.inventory(EMULATOR);
+    let vpcs = items::<DescribeVpcs>(fixture!("DescribeVpcs"));
+    let inventory = Facts { vpcs, subnets, peerings, ..Facts::default() }.inventory(EMULATOR);
+    assert_eq!(inventory.vpcs[&"vpc-fd143bcf446c0baf6".into()], "10.20.0.0/16".parse().unwrap());
     let subnet = &inventory.subnets[&"subnet-6dacacb505271e59e".into()];
     assert_eq!(subnet.ipv4, Some("10.20.1.0/24".parse().unwrap()));
     assert_eq!((subnet.ipv6, &subnet.vpc), (None, &"vpc-fd143bcf446c0baf6".into()));

@@ -14,6 +14,7 @@ fn recorded(request: &Request, _: usize) -> Reply {
         "DescribeSecurityGroupRules" => fixture!("DescribeSecurityGroupRules"),
         "DescribeManagedPrefixLists" => fixture!("DescribeManagedPrefixLists"),
         "GetManagedPrefixListEntries" => fixture!("GetManagedPrefixListEntries"),
+        "DescribeVpcs" => fixture!("DescribeVpcs"),
         "DescribeSubnets" => fixture!("DescribeSubnets"),
         "DescribeNetworkAcls" => fixture!("DescribeNetworkAcls_default"),
         "DescribeVpcPeeringConnections" => fixture!("DescribeVpcPeeringConnections"),
@@ -46,6 +47,7 @@ async fn everything_is_one_call_a_kind() {
             "DescribeSecurityGroups",
             "DescribeSubnets",
             "DescribeVpcPeeringConnections",
+            "DescribeVpcs",
             "GetManagedPrefixListEntries",
         ]
     );
@@ -86,11 +88,12 @@ async fn one_call_that_fails_fails_the_inventory() {
 }
 
 #[tokio::test]
-async fn nobody_wanted_is_nothing_asked() {
-    let fake = Fake::start(recorded).await;
+async fn nobody_wanted_is_one_question() {
+    let empty = "<DescribeInstancesResponse><reservationSet/></DescribeInstancesResponse>";
+    let fake = Fake::start(move |_, _| Reply::ok(empty)).await;
     let wanted = Wanted { instances: Some(BTreeSet::new()) };
     assert_eq!(ec2(&fake).inventory(&wanted).await.unwrap(), Inventory::default());
-    assert!(fake.requests().is_empty());
+    assert_eq!(fake.actions(), ["DescribeInstances"]);
 }
 
 #[tokio::test]
