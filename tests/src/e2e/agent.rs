@@ -108,7 +108,23 @@ impl Agent {
     /// With the agent's log, when it isn't in time.
     #[track_caller]
     pub fn wait(&mut self) -> &mut Self {
-        let waited = output(self.command().args(["status", "--wait", SETTLE]));
+        let mut status = self.command();
+        let mut waiting = status
+            .args(["status", "--wait", SETTLE])
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot run {}: {error}", binary().display()));
+        while waiting.try_wait().expect("a child can be waited for").is_none() {
+            // Nothing can come any more from one that has ended.
+            if self.child.as_mut().is_none_or(|child| child.try_wait().is_ok_and(|ended| ended.is_some())) {
+                let _ = waiting.kill();
+                let _ = waiting.wait();
+                panic!("the agent has ended\n{}", self.log());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        let waited = waiting.wait_with_output().expect("a child can be waited for");
         assert!(waited.status.success(), "not enforced: {}\n{}", said(&waited), self.log());
         self
     }

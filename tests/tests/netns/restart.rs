@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
+use aya::util::KernelVersion;
 use tests::e2e::{Agent, Lab, Namespace, Rules, wait_for};
 
 use crate::{pass, vanish};
@@ -160,11 +161,13 @@ fn two_agents_share_a_machine() {
 #[test]
 fn a_fresh_look_finds_no_program_after_detach() {
     let mut lab = lab();
-    let attached = || programs(&lab.world.host, "veth-b");
-    let before = attached();
-    assert!(before > 0, "the programs are seen while they are there");
+    if KernelVersion::current().is_ok_and(|version| version < KernelVersion::new(6, 6, 0)) {
+        println!("skipped: this kernel has no TCX, whose programs can be asked for; the traffic tells by itself");
+        return;
+    }
+    assert_eq!(programs(&lab.world.host, "veth-b"), 2, "they are seen while they are there");
     lab.agent.stop();
-    assert_eq!(programs(&lab.world.host, "veth-b"), before);
+    assert_eq!(programs(&lab.world.host, "veth-b"), 2);
     lab.agent.detach();
     assert_eq!(programs(&lab.world.host, "veth-b"), 0);
     assert!(!Path::new(lab.agent.bpffs()).exists());
