@@ -150,8 +150,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn column(&self, table: u32, protocol: u16, port: u16) -> u32 {
-        let key =
-            PortKey { table: table.to_be_bytes(), protocol: protocol.to_be_bytes(), port: port.to_be_bytes() };
+        let key = PortKey { table: table.to_be_bytes(), protocol: protocol.to_be_bytes(), port: port.to_be_bytes() };
         PORTS.get(Key::new(64, key)).copied().unwrap_or(0)
     }
 
@@ -244,9 +243,7 @@ impl Memory for Maps {
             Ok(()) => Ok(()),
             Err(error) if error as i32 == EEXIST => Ok(()),
             // With an agent that sweeps it doesn't come to this; without one, the packets help themselves.
-            Err(_) if sweep_if_due(flow.seen) => {
-                FLOWS.insert(key, flow, BPF_NOEXIST as u64).map_err(|_| Full)
-            }
+            Err(_) if sweep_if_due(flow.seen) => FLOWS.insert(key, flow, BPF_NOEXIST as u64).map_err(|_| Full),
             Err(_) => Err(Full),
         }
     }
