@@ -169,6 +169,9 @@ pub struct ExplainArgs {
     /// ICMP's type and code, as 8/0
     #[arg(long, value_name = "TYPE/CODE", conflicts_with = "port", value_parser = icmp)]
     pub icmp_type: Option<u16>,
+    /// Put such a packet through the attached programs too, and say if they disagree
+    #[arg(long)]
+    pub live: bool,
     /// Turn it round: from the instance of --to, to what --from names
     #[arg(long)]
     pub egress: bool,

@@ -28,6 +28,8 @@ pub struct Query {
     pub port: u16,
     /// Whether the instance sends the packet.
     pub egress: bool,
+    /// Whether the attached programs are asked as well.
+    pub live: bool,
 }
 
 /// The other side of a packet.
@@ -47,6 +49,8 @@ pub struct Explanation {
     pub allowed: bool,
     /// Each gate that it meets, in order.
     pub gates: Vec<Gate>,
+    /// Whether the attached programs judged otherwise somewhere (`--live`): a defect, which should be reported.
+    pub kernel_disagrees: bool,
 }
 
 /// One interface's verdict in one direction.
@@ -70,6 +74,8 @@ pub struct Gate {
     pub rule: Option<RuleText>,
     /// If nothing does: the rule that comes nearest, and what it lacks.
     pub nearest: Option<NearMiss>,
+    /// What the attached programs said of such a packet (`--live`); none where they weren't asked.
+    pub kernel: Option<bool>,
     /// In a sentence.
     pub text: String,
 }
@@ -127,7 +133,7 @@ pub fn explain(snapshot: &Snapshot, query: &Query) -> Result<Explanation, Explai
             if query.egress { vec![own_gate, peer_gate] } else { vec![peer_gate, own_gate] }
         }
     };
-    Ok(Explanation { allowed: gates.iter().all(|gate| gate.allowed), gates })
+    Ok(Explanation { allowed: gates.iter().all(|gate| gate.allowed), gates, kernel_disagrees: false })
 }
 
 fn interface_of<'a>(snapshot: &'a Snapshot, instance: &InstanceId) -> Result<(u32, &'a Enforced), ExplainError> {
@@ -170,6 +176,7 @@ fn gate(snapshot: &Snapshot, at: (u32, &Enforced), direction: Direction, peer: I
         reason,
         rule: allowing.filter(|_| verdict.is_ok()).map(RuleText::of),
         nearest,
+        kernel: None,
         text: String::new(),
     };
     gate.text = sentence(&gate, &question, interface.groups.is_empty(), allowing.is_some());

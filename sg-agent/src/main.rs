@@ -134,12 +134,22 @@ async fn explain_packet(places: &Places, args: ExplainArgs) -> Result<ExitCode> 
         (58, _, kind) => kind.unwrap_or(128 << 8),
         _ => 0,
     };
-    let query = explain::Query { instance: args.to, peer: args.from, protocol: args.proto, port, egress: args.egress };
+    let query = explain::Query {
+        instance: args.to,
+        peer: args.from,
+        protocol: args.proto,
+        port,
+        egress: args.egress,
+        live: args.live,
+    };
     let Reply::Explanation(explanation) = ask(&places.socket(), &Request::Explain(query)).await? else {
         bail!("the agent gave no explanation")
     };
     let text = if args.json { serde_json::to_string_pretty(&explanation)? } else { render::explanation(&explanation) };
     print(&text)?;
+    if explanation.kernel_disagrees {
+        bail!("the kernel disagrees with the model: please report this, with the output of --json");
+    }
     Ok(if explanation.allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

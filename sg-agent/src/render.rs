@@ -110,6 +110,11 @@ pub fn explanation(explanation: &Explanation) -> String {
     let mut text = if explanation.allowed { paint.good("ALLOWED") } else { paint.bad("DENIED") };
     for gate in &explanation.gates {
         let _ = write!(text, "\n  {}", clean(&gate.text));
+        match gate.kernel {
+            Some(true) => text += "; the kernel lets it pass",
+            Some(false) => text += "; the kernel drops it",
+            None => {}
+        }
     }
     text
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
-use sg_common::abi::{Count, Direction};
+use sg_common::abi::{self, Count, Direction};
 use sg_common::verdict::{Drop, Pass};
 
 use crate::apply::{Snapshot, Usage};
@@ -35,8 +35,30 @@ pub struct Status {
     pub usage: Usage,
     /// And could hold.
     pub capacity: Usage,
+    /// Changes that were refused whole since the start, for want of room or by the kernel.
+    pub refused_changes: u64,
+    /// Flows that can still be tracked (ENA's name; SG-3.6), as of the last sweep, some seconds ago. How many were
+    /// dropped for want of room is among the interfaces' counters: `conntrack_allowance_exceeded`.
+    pub conntrack_allowance_available: u32,
     /// What is enforced otherwise than somebody might expect.
     pub warnings: Vec<Warning>,
+}
+
+/// What the daemon knows beside what is enforced.
+#[derive(Debug)]
+pub struct Report {
+    /// Where rules come from.
+    pub sources: Vec<SourceStatus>,
+    /// Published ports.
+    pub published: Vec<PortCounters>,
+    /// See [`Status::warnings`].
+    pub warnings: BTreeSet<Warning>,
+    /// See [`Status::problems`].
+    pub problems: Vec<String>,
+    /// See [`Status::refused_changes`].
+    pub refused: u64,
+    /// Flows that are tracked.
+    pub flows: u32,
 }
 
 /// An endpoint or file.
@@ -110,14 +132,8 @@ impl From<Count> for Counter {
 
 impl Status {
     /// Puts it together.
-    pub fn new(
-        snapshot: &Snapshot,
-        maps: &Maps,
-        sources: Vec<SourceStatus>,
-        published: Vec<PortCounters>,
-        warnings: BTreeSet<Warning>,
-        mut problems: Vec<String>,
-    ) -> Self {
+    pub fn new(snapshot: &Snapshot, maps: &Maps, report: Report) -> Self {
+        let Report { sources, published, warnings, mut problems, refused, flows } = report;
         let enis: Vec<u32> = snapshot.interfaces.values().map(|enforced| enforced.entry.eni).collect();
         let counters = maps.counters(&enis).unwrap_or_else(|error| {
             problems.push(format!("cannot read the counters: {error}"));
@@ -182,6 +198,8 @@ impl Status {
             published,
             usage: snapshot.usage,
             capacity: Usage::CAPACITY,
+            refused_changes: refused,
+            conntrack_allowance_available: abi::MAX_FLOWS.saturating_sub(flows),
             warnings: warnings.into_iter().collect(),
         }
     }

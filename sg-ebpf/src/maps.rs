@@ -74,30 +74,39 @@ fn sweep_if_due(now: u64) -> bool {
     true
 }
 
-/// Removes every flow that is expired at `now`. Returns how many there were in all.
+/// What a sweep goes by, and finds.
+struct Sweep {
+    now: u64,
+    live: u32,
+}
+
+/// Removes every flow that is expired at `now`. Returns how many live.
 #[inline(always)]
-pub fn sweep(now: u64) -> i64 {
-    let mut now = now;
+pub fn sweep(now: u64) -> u32 {
+    let mut sweep = Sweep { now, live: 0 };
     // SAFETY: the map is a hash of these types, and `visit` takes what the helper hands it.
     unsafe {
         bpf_for_each_map_elem(
             core::ptr::from_ref(&FLOWS).cast_mut().cast(),
             visit as *mut c_void,
-            core::ptr::from_mut(&mut now).cast(),
+            core::ptr::from_mut(&mut sweep).cast(),
             0,
-        )
+        );
     }
+    sweep.live
 }
 
 /// One flow of a sweep. A packet that finds the flow expired at this moment takes the entry over or makes a new one;
 /// the latter can be removed here only if that happens between the two lines below, on another CPU. Its next packet
 /// is then judged by the rules again.
-unsafe extern "C" fn visit(map: *mut c_void, key: *mut c_void, flow: *mut c_void, now: *mut c_void) -> i64 {
+unsafe extern "C" fn visit(map: *mut c_void, key: *mut c_void, flow: *mut c_void, sweep: *mut c_void) -> i64 {
     // SAFETY: the helper passes the entry's value and the pointer that `sweep` gave it.
-    let (flow, now) = unsafe { (&*flow.cast::<Flow>(), *now.cast::<u64>()) };
-    if CONFIG.get(0).is_some_and(|config| flow.is_expired(config, now)) {
+    let (flow, sweep) = unsafe { (&*flow.cast::<Flow>(), &mut *sweep.cast::<Sweep>()) };
+    if CONFIG.get(0).is_some_and(|config| flow.is_expired(config, sweep.now)) {
         // SAFETY: deleting the entry that is being visited is allowed (kernel: `bpf_for_each_hash_elem`).
         let _ = unsafe { bpf_map_delete_elem(map, key) };
+    } else {
+        sweep.live += 1;
     }
     0
 }

@@ -6,10 +6,11 @@ mod world;
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use aya::{TestRun, TestRunOptions};
 use sg_agent::apply::{Applier, ApplyError};
 use sg_agent::datapath::Datapath;
 use sg_agent::discovery::Attachment;
+use sg_agent::explain::{Explanation, Query, explain};
+use sg_agent::live;
 use sg_agent::model::{Inventory, Warning};
 use sg_agent::resolve::{Resolver, Settings, World};
 use sg_common::abi::{Config, Count, Direction, RELATED_ERRORS};
@@ -23,29 +24,11 @@ use crate::packets::Packet;
 use crate::reference::Reference;
 use crate::text::rules;
 
-pub use world::{ACL, SUBNET_1, SUBNET_2, acl_entry, attachment, eni, inventory, put_acl, scope};
+pub use world::{ACL, SUBNET_1, SUBNET_2, acl_entry, attachment, eni, instance_id, inventory, put_acl, scope};
 
 /// What `TC_ACT_UNSPEC` and `TC_ACT_SHOT` are to a test run.
 const NEXT: u32 = u32::MAX;
 const SHOT: u32 = 2;
-
-/// `struct __sk_buff` (include/uapi/linux/bpf.h) up to the last field that is set here. The kernel takes a shorter one
-/// for one whose rest is zero, and refuses all but a few fields that aren't (convert___skb_to_skb).
-#[repr(C)]
-#[derive(Default)]
-struct Context {
-    len: u32,
-    pkt_type: u32,
-    mark: u32,
-    queue_mapping: u32,
-    protocol: u32,
-    vlan_present: u32,
-    vlan_tci: u32,
-    vlan_proto: u32,
-    priority: u32,
-    ingress_ifindex: u32,
-    ifindex: u32,
-}
 
 /// Three instances on links of their own.
 pub struct Lab {
@@ -222,21 +205,20 @@ impl Lab {
 
     /// Runs one frame; what the program returned.
     fn execute(&mut self, ifindex: u32, direction: Direction, frame: &[u8]) -> u32 {
-        let context = Context { mark: self.mark, ifindex, ..Context::default() };
-        // SAFETY: `Context` is eleven u32 without padding, so all of its bytes are initialised.
-        let context = unsafe { std::slice::from_raw_parts((&raw const context).cast(), size_of::<Context>()) };
         let (datapath, _) = self.applier.datapath();
-        let program = datapath.program(direction).expect("both programs");
-        let options = TestRunOptions { data_in: Some(frame), ctx_in: Some(context), ..TestRunOptions::default() };
-        program.test_run(options).expect("a frame that the kernel runs").return_value
+        datapath.run(direction, ifindex, self.mark, frame).expect("a frame that the kernel runs")
+    }
+
+    fn count(&self) -> HashMap<(u32, u8, u8), Count> {
+        let mut enis: Vec<u32> = self.reference.interfaces.values().map(|interface| interface.eni).collect();
+        enis.sort_unstable();
+        enis.dedup();
+        self.applier.maps().counters(&enis).expect("counters that can be read")
     }
 
     /// The one counter that moved since the last packet.
     fn moved(&mut self, bytes: u64) -> (u32, u8, u8) {
-        let mut enis: Vec<u32> = self.reference.interfaces.values().map(|interface| interface.eni).collect();
-        enis.sort_unstable();
-        enis.dedup();
-        let counters = self.applier.maps().counters(&enis).expect("counters that can be read");
+        let counters = self.count();
         let moved: Vec<_> = counters
             .iter()
             .filter(|&(key, count)| self.counters.get(key) != Some(count))
@@ -252,6 +234,23 @@ impl Lab {
         let key = *key;
         self.counters = counters;
         key
+    }
+
+    /// Asks `explain` about a packet, and the attached programs too (`--live`).
+    pub fn explain_live(&mut self, query: &Query) -> Explanation {
+        let mut explanation = explain(&self.applier.snapshot(), query).expect("an instance of the cast");
+        live::verify(&mut self.applier, query, &mut explanation).expect("packets that the kernel runs");
+        self.counters = self.count();
+        explanation
+    }
+
+    /// Takes every policy out of force behind the agent's back.
+    pub fn sabotage(&mut self) {
+        let slots: Vec<u32> = self.applier.snapshot().tables.bindings.keys().copied().collect();
+        let (_, maps) = self.applier.datapath();
+        for slot in slots {
+            maps.bindings.store(slot, 0);
+        }
     }
 
     /// The link of an instance.

@@ -15,6 +15,10 @@ mod fragments;
 mod groups;
 #[path = "kernel/icmp.rs"]
 mod icmp;
+#[path = "kernel/limits.rs"]
+mod limits;
+#[path = "kernel/live.rs"]
+mod live;
 #[path = "kernel/malformed.rs"]
 mod malformed;
 #[path = "kernel/neighbor.rs"]

@@ -1,5 +1,5 @@
-//! The image of the demo's instances: BusyBox, and Dropbear as a real SSH server, from this machine's own files,
-//! since nothing can be pulled everywhere. Starting containers from it is the caller's.
+//! Images made of this machine's own files, since nothing can be pulled everywhere, and that of the demo's instances:
+//! BusyBox, and Dropbear as a real SSH server. Starting containers from them is the caller's.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -18,19 +18,26 @@ const APPLETS: [&str; 7] = ["sh", "ls", "cat", "echo", "hostname", "nc", "sleep"
 pub fn import(engine: &Engine, tag: &str, authorized_key: &str) -> Result<()> {
     let root = tempfile::tempdir().context("cannot make a temporary directory")?;
     fill(root.path(), authorized_key).context("cannot make the instances' image")?;
+    // -R makes the host's keys, -F stays in the foreground, -E logs to standard error.
+    load(engine, root.path(), tag, &[r#"CMD ["/usr/sbin/dropbear", "-R", "-F", "-E"]"#])
+}
+
+/// Makes an image of a directory; `changes` are lines of a Dockerfile.
+pub fn load(engine: &Engine, root: &Path, tag: &str, changes: &[&str]) -> Result<()> {
     let mut tar = Command::new("tar")
         // The files are root's in the image, whoever made them here.
         .args(["--owner=0", "--group=0", "-c", "-C"])
-        .arg(root.path())
+        .arg(root)
         .arg(".")
         .stdout(Stdio::piped())
         .spawn()
         .context("cannot run tar")?;
     let archive = tar.stdout.take().context("tar has no output")?;
-    // -R makes the host's keys, -F stays in the foreground, -E logs to standard error.
     let imported = engine
         .docker()
-        .args(["import", "--change", r#"CMD ["/usr/sbin/dropbear", "-R", "-F", "-E"]"#, "-", tag])
+        .arg("import")
+        .args(changes.iter().flat_map(|change| ["--change", change]))
+        .args(["-", tag])
         .stdin(archive)
         .output()
         .context("cannot run docker import")?;
@@ -52,11 +59,7 @@ fn fill(root: &Path, authorized_key: &str) -> Result<()> {
     }
     let dropbear = cmd::find("dropbear").context("dropbear isn't there: install dropbear-bin")?;
     fs::copy(&dropbear, root.join("usr/sbin/dropbear"))?;
-    for library in libraries(&dropbear)? {
-        let copy = root.join(library.strip_prefix("/").unwrap_or(&library));
-        fs::create_dir_all(copy.parent().unwrap_or(root))?;
-        fs::copy(&library, &copy).with_context(|| format!("cannot copy {}", library.display()))?;
-    }
+    copy_libraries(root, &dropbear)?;
     fs::write(root.join("etc/passwd"), "root:*:0:0:root:/root:/bin/sh\n")?;
     fs::write(root.join("etc/group"), "root:x:0:\n")?;
     // Dropbear lets in only users whose shell is listed.
@@ -68,6 +71,16 @@ fn fill(root: &Path, authorized_key: &str) -> Result<()> {
         [(root.to_owned(), 0o755), (root.join("root"), 0o700), (root.join("root/.ssh"), 0o700), (keys, 0o600)]
     {
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
+    }
+    Ok(())
+}
+
+/// Puts a program's shared libraries under `root`, where it will look for them.
+pub fn copy_libraries(root: &Path, program: &Path) -> Result<()> {
+    for library in libraries(program)? {
+        let copy = root.join(library.strip_prefix("/").unwrap_or(&library));
+        fs::create_dir_all(copy.parent().unwrap_or(root))?;
+        fs::copy(&library, &copy).with_context(|| format!("cannot copy {}", library.display()))?;
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! sg-agent's development commands: parses the command line and hands over to one module a command.
 
+mod agent_image;
 mod build;
 mod cmd;
 mod demo;
@@ -33,6 +34,8 @@ enum Command {
     Run(run::Options),
     /// Run the tests, all sets or some
     Test(test::Options),
+    /// Build the agent's container image (sg-agent:VERSION)
+    Image(agent_image::Options),
     /// Play a session with the AWS CLI, Docker and SSH, and check every outcome
     Demo(demo::Options),
 }
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Command::Build(options) => build::run(&options),
         Command::Run(options) => run::run(&options),
         Command::Test(options) => test::run(&options),
+        Command::Image(options) => agent_image::run(&options),
         Command::Demo(options) => demo::run(&options),
     });
     match outcome {

@@ -15,7 +15,7 @@ use console::style;
 
 use crate::deps::{self, docker::Engine, python::Venv};
 use crate::libtest::{self, Counts};
-use crate::{build, cmd, ebpf, ui, vm, workspace};
+use crate::{agent_image, build, cmd, ebpf, ui, vm, workspace};
 
 /// The package of the packet-level and end-to-end tests; each of its files is in the set that it is named after.
 const TESTS: &str = "tests";
@@ -248,12 +248,22 @@ impl Runner {
             Ok(venv) => venv,
             Err(error) => return Ok(Outcome::Skipped(format!("no Moto: {error:#}"))),
         };
+        let agent = self.agent()?;
+        let Some(engine) = self.engine.get() else { bail!("the Docker engine was set up above") };
+        let image = format!("sg-agent-test:{}", std::process::id());
+        agent_image::import(engine, &agent, &image)?;
         let environment = [
             ("SG_MOTO_PYTHON", venv.python().into()),
             ("SG_AWS", venv.aws().into()),
+            ("SG_AGENT_IMAGE", image.clone().into()),
             ("RUST_TEST_THREADS", "1".into()),
         ];
-        self.rooted(Set::Docker, &[deps::IP, deps::BUSYBOX, deps::DROPBEAR, deps::SSH], &environment, counts)
+        let tools = [deps::IP, deps::BUSYBOX, deps::DROPBEAR, deps::SSH];
+        let outcome = self.rooted(Set::Docker, &tools, &environment, counts);
+        if let Some(engine) = self.engine.get() {
+            cmd::succeeds(engine.docker().args(["rmi", "--force", &image]));
+        }
+        outcome
     }
 
     /// Builds the set's test programs as the user, and runs them as root.

@@ -266,11 +266,11 @@ impl Applier {
         }
     }
 
-    /// Takes expired flows out of the table.
+    /// Takes expired flows out of the table, and returns how many live.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn sweep(&mut self) -> Result<(), DatapathError> {
+    pub fn sweep(&mut self) -> Result<u32, DatapathError> {
         self.datapath.sweep()
     }
 

@@ -30,7 +30,8 @@ use crate::model::{InstanceId, Scope, Warning};
 use crate::proxy::{self, Proxy};
 use crate::resolve::{self, Resolver, World};
 use crate::source::Ec2Options;
-use crate::status::{SourceStatus, Status};
+use crate::status::{Report, Status};
+use crate::{explain, live};
 
 /// Where this agent's files are; every subcommand has these.
 #[derive(Clone, Debug)]
@@ -140,6 +141,8 @@ pub async fn run(options: Options) -> Result<()> {
         world: World::new(),
         desk: Desk::default(),
         apply_error: None,
+        refused: 0,
+        flows: 0,
         proxy_warnings: Vec::new(),
         told: BTreeSet::new(),
     };
@@ -299,6 +302,10 @@ struct Daemon {
     world: World,
     desk: Desk,
     apply_error: Option<String>,
+    /// Changes that were refused whole.
+    refused: u64,
+    /// Flows that lived at the last sweep.
+    flows: u32,
     proxy_warnings: Vec<Warning>,
     /// Warnings that are in the log already.
     told: BTreeSet<Warning>,
@@ -319,11 +326,7 @@ impl Daemon {
                 let _ = reply.send(Reply::Status(Box::new(self.status())));
             }
             Event::Asked(Request::Explain(query), reply) => {
-                let answer = crate::explain::explain(&self.applier.snapshot(), &query);
-                let _ = reply.send(match answer {
-                    Ok(explanation) => Reply::Explanation(explanation),
-                    Err(error) => Reply::Error(error.to_string()),
-                });
+                let _ = reply.send(self.explain(&query));
             }
             Event::Asked(Request::Sync { seconds }, reply) => {
                 let asked = Instant::now();
@@ -403,6 +406,7 @@ impl Daemon {
                 let text = error.to_string();
                 if self.apply_error.as_ref() != Some(&text) {
                     tracing::error!("{text}");
+                    self.refused += 1;
                 }
                 self.apply_error = Some(text);
             }
@@ -420,9 +424,24 @@ impl Daemon {
             && self.discovered.attachments.iter().all(|attachment| !self.is_new(&attachment.instance.0))
     }
 
+    fn explain(&mut self, query: &explain::Query) -> Reply {
+        let mut explanation = match explain::explain(&self.applier.snapshot(), query) {
+            Ok(explanation) => explanation,
+            Err(error) => return Reply::Error(error.to_string()),
+        };
+        if query.live {
+            let verified = tokio::task::block_in_place(|| live::verify(&mut self.applier, query, &mut explanation));
+            if let Err(error) = verified {
+                return Reply::Error(format!("the kernel could not be asked: {error}"));
+            }
+        }
+        Reply::Explanation(explanation)
+    }
+
     fn sweep(&mut self) {
-        if let Err(error) = tokio::task::block_in_place(|| self.applier.sweep()) {
-            tracing::warn!(%error, "expired flows stay in the table");
+        match tokio::task::block_in_place(|| self.applier.sweep()) {
+            Ok(live) => self.flows = live,
+            Err(error) => tracing::warn!(%error, "expired flows stay in the table"),
         }
     }
 
@@ -500,14 +519,14 @@ impl Daemon {
     }
 
     fn status(&self) -> Status {
-        let sources: Vec<SourceStatus> = self.pollers.running.values().map(Poller::status).collect();
-        Status::new(
-            &self.applier.snapshot(),
-            self.applier.maps(),
-            sources,
-            self.proxy.counters(),
-            self.warnings(),
-            self.problems(),
-        )
+        let report = Report {
+            sources: self.pollers.running.values().map(Poller::status).collect(),
+            published: self.proxy.counters(),
+            warnings: self.warnings(),
+            problems: self.problems(),
+            refused: self.refused,
+            flows: self.flows,
+        };
+        Status::new(&self.applier.snapshot(), self.applier.maps(), report)
     }
 }

@@ -11,6 +11,7 @@ mod filter;
 mod mapped;
 mod maps;
 mod pins;
+mod trial;
 
 pub use attach::Hook;
 pub use maps::{Maps, absent_is_fine};
@@ -119,8 +120,8 @@ impl Datapath {
         loader.override_global(aya_log::LEVEL, &level, true);
         let (mut earlier, mut lock) = (None, None);
         if let Some(pins) = &pins {
-            let has_flows = pins.prepare()?;
-            lock = pins.lock()?;
+            let has_flows;
+            (lock, has_flows) = pins.prepare()?;
             if has_flows {
                 earlier = pins.earlier().map(|(interfaces, epoch)| Earlier { interfaces, epoch });
             }
@@ -150,19 +151,19 @@ impl Datapath {
         classifier(&mut self.ebpf, direction)
     }
 
-    /// Takes expired flows out of the table. Packets do so themselves when it is full.
+    /// Takes expired flows out of the table, and returns how many live. Packets do so themselves when it is full.
     ///
     /// # Errors
     /// [`DatapathError::Program`]
-    pub fn sweep(&mut self) -> Result<(), DatapathError> {
+    pub fn sweep(&mut self) -> Result<u32, DatapathError> {
         /// The shortest frame that BPF_PROG_TEST_RUN takes: an Ethernet header (kernel: `bpf_prog_test_run_skb`).
         const FRAME: [u8; 14] = [0; 14];
         let sweep: &SchedClassifier =
             self.ebpf.program(SWEEP).and_then(|program| program.try_into().ok()).ok_or(DatapathError::Map(SWEEP))?;
-        sweep
+        let result = sweep
             .test_run(TestRunOptions { data_in: Some(&FRAME), ..TestRunOptions::default() })
             .map_err(|error| DatapathError::Program { program: SWEEP, error: Box::new(error) })?;
-        Ok(())
+        Ok(result.return_value)
     }
 
     /// Passes on what the programs log.

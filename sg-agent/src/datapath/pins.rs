@@ -44,8 +44,8 @@ impl Pins {
         Self { directory: directory.into() }
     }
 
-    /// Makes the directory, and drops the maps of other layouts. Whether there are flows to carry over.
-    pub(super) fn prepare(&self) -> Result<bool, DatapathError> {
+    /// Makes the directory, takes it, and drops the maps of other layouts. Whether there are flows to carry over.
+    pub(super) fn prepare(&self) -> Result<(Option<Flock<fs::File>>, bool), DatapathError> {
         let fail = |path: &Path| {
             let path = path.to_owned();
             move |error| DatapathError::Pins { path, error }
@@ -53,6 +53,7 @@ impl Pins {
         self.check_file_system()?;
         let links = self.directory.join("links");
         fs::create_dir_all(&links).map_err(fail(&links))?;
+        let lock = self.lock()?;
         let current = format!("-v{}", abi::LAYOUT);
         for path in list(&self.directory).map_err(fail(&self.directory))? {
             let is_current = path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(&current));
@@ -60,7 +61,7 @@ impl Pins {
                 remove(&path).map_err(fail(&path))?;
             }
         }
-        Ok(self.map("flows").exists())
+        Ok((lock, self.map("flows").exists()))
     }
 
     /// Pins live on bpffs only; on any other file system the directory isn't even made.

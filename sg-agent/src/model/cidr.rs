@@ -38,6 +38,7 @@ mod tests {
 
     use super::*;
 
+    /// SG-1.7
     #[test]
     fn bits_past_the_prefix_are_cleared() {
         for (text, canonical) in

@@ -65,6 +65,7 @@ impl fmt::Display for PeerFields<'_> {
 mod tests {
     use super::*;
 
+    /// SG-1.6
     #[test]
     fn one_field_is_one_peer() {
         let peer = |fields| Peer::parse(fields).unwrap();

@@ -109,7 +109,7 @@ fn listen(listener: &TcpListener, told: &Told) {
         told.asked.fetch_add(1, SeqCst);
         match told.mood() {
             Mood::End => return,
-            Mood::HangUp => {}
+            Mood::HangUp => drop(thread::spawn(move || reply(stream, ""))),
             // A client that fails is the test's affair.
             Mood::Answer(answer) => drop(thread::spawn(move || reply(stream, &answer))),
             Mood::Forward(upstream) => drop(thread::spawn(move || forward(stream, upstream))),

@@ -27,7 +27,7 @@ pub struct LabBuilder {
 
 impl Lab {
     /// A world with these instances, each in a group `sg-NAME` that lets everything out and nothing in.
-    pub fn new(names: &[&str]) -> LabBuilder {
+    pub fn with(names: &[&str]) -> LabBuilder {
         let world = World::new(names);
         let mut agent = Agent::new(Some(&world.host));
         let mut rules = Rules::new(agent.directory().join("rules.json"));

@@ -2,15 +2,16 @@
 //! machinery, all of which goes away when its guards are dropped; the tests are elsewhere.
 
 mod agent;
-//mod docker;
+mod docker;
 mod endpoint;
 mod frames;
 mod lab;
-//mod moto;
+mod moto;
 mod namespace;
 mod probe;
 mod rules;
 mod server;
+mod socket;
 mod sweep;
 mod world;
 
@@ -18,16 +19,17 @@ use std::process::{Command, Output};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub use agent::Agent;
-//pub use docker::{Container, Docker, DockerProxy, Network};
+pub use agent::{Agent, binary, said};
+pub use docker::{Container, Docker, IDLE, Network, docker, import};
 pub use endpoint::Endpoint;
 pub use frames::{arp_reply, send_frame};
 pub use lab::{Lab, LabBuilder};
-//pub use moto::Moto;
+pub use moto::{Moto, element};
 pub use namespace::Namespace;
 pub use probe::{Attempt, PATIENCE, SILENCE, Stream};
 pub use rules::Rules;
 pub use server::Server;
+pub use socket::{DockerSocket, engine};
 pub use world::{Instance, World};
 
 /// Looks again and again until `seen` gives something.

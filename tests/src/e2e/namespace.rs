@@ -13,11 +13,13 @@ use nix::sched::{CloneFlags, setns};
 
 use super::{run, unique};
 
-/// It goes when this is dropped, and its links with it.
+/// One that was made goes when this is dropped, and its links with it.
 #[derive(Debug)]
 pub struct Namespace {
     name: String,
     handle: File,
+    /// Whether it is the test's own, and not a container's.
+    is_own: bool,
 }
 
 impl Namespace {
@@ -32,7 +34,7 @@ impl Namespace {
             Ok(handle) => handle,
             Err(error) => panic!("cannot open the namespace {name}: {error}"),
         };
-        let namespace = Self { name, handle };
+        let namespace = Self { name, handle, is_own: true };
         // Addresses can be used at once, and ping sockets by root.
         namespace.sysctl("net/ipv6/conf/all/accept_dad", "0");
         namespace.sysctl("net/ipv6/conf/default/accept_dad", "0");
@@ -40,6 +42,17 @@ impl Namespace {
         namespace.sysctl("net/ipv4/ping_group_range", "0 2147483647");
         namespace.ip("link set lo up");
         namespace
+    }
+
+    /// The one that a process is in, which belongs to somebody else.
+    ///
+    /// # Panics
+    /// When there is no such process.
+    pub fn of_process(name: &str, pid: u32) -> Self {
+        match File::open(format!("/proc/{pid}/ns/net")) {
+            Ok(handle) => Self { name: name.to_owned(), handle, is_own: false },
+            Err(error) => panic!("the namespace of process {pid}: {error}"),
+        }
     }
 
     /// Its name, as `ip netns` lists it.
@@ -119,6 +132,9 @@ pub fn command_in(namespace: &File, program: impl AsRef<std::ffi::OsStr>) -> Com
 
 impl Drop for Namespace {
     fn drop(&mut self) {
+        if !self.is_own {
+            return;
+        }
         // A test that fails may have left a process in it: the name goes all the same, the rest with the process.
         let _ = Command::new("ip").args(["netns", "del", &self.name]).output();
     }

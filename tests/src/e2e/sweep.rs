@@ -26,7 +26,7 @@ fn left_in(directory: &str) -> Vec<String> {
 }
 
 /// Whether this is `sgt-PID-...` of a process that is no more.
-fn is_orphan(name: &str) -> bool {
+pub fn is_orphan(name: &str) -> bool {
     let pid = name.strip_prefix("sgt-").and_then(|rest| rest.split('-').next()).and_then(|pid| pid.parse::<u32>().ok());
     pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
 }

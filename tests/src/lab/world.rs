@@ -76,7 +76,8 @@ pub fn inventory() -> Inventory {
     inventory
 }
 
-fn instance_id(host: &Host) -> InstanceId {
+/// The instance that a host is.
+pub fn instance_id(host: &Host) -> InstanceId {
     InstanceId::from(format!("i-{}", host.name.to_lowercase()).as_str())
 }
 

@@ -41,6 +41,7 @@ pub fn within_a_subnet_it_has_no_say() {
 #[test]
 pub fn the_lowest_number_decides() {
     isolated(|| {
+        // The other protocol's entry has no ports (SG-5.4); what no entry names is denied (SG-5.3).
         let deny_first = vec![
             acl_entry(100, false, SSH, "10.0.2.0/24"),
             acl_entry(110, true, SSH, "0.0.0.0/0"),

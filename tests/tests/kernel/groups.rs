@@ -75,6 +75,22 @@ pub fn a_reference_means_private_addresses() {
 }
 
 #[test]
+pub fn a_middlebox_does_not_lend_its_membership() {
+    isolated(|| {
+        let mut lab = Lab::new("in tcp22 sgA");
+        run(
+            &mut lab,
+            "SG-1.11",
+            vec![
+                arrives(tcp(A, B).syn(), Ok(Pass::New)),
+                // Forwarded by A: its MAC address, somebody else's source.
+                arrives(tcp(X, B).from_mac(A.mac).syn(), Err(Drop::NoRule)),
+            ],
+        );
+    });
+}
+
+#[test]
 pub fn who_leaves_a_group_is_out() {
     isolated(|| {
         let mut lab = Lab::new("in tcp22 from sgA, out none");

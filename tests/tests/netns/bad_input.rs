@@ -9,7 +9,7 @@ use crate::{pass, vanish};
 
 #[test]
 fn an_invalid_rule_is_named_and_widens_nothing() {
-    let mut lab = Lab::new(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &["tcp 22 10.0.1.0/24"])).start();
+    let mut lab = Lab::with(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &["tcp 22 10.0.1.0/24"])).start();
     lab.serve("b", &[22, 23]);
     let any = json!([{"CidrIp": "0.0.0.0/0"}]);
     let bad: [(&str, Value); 9] = [
@@ -49,7 +49,7 @@ fn an_invalid_rule_is_named_and_widens_nothing() {
 
 #[test]
 fn a_file_that_breaks_leaves_the_last_good_policy() {
-    let mut lab = Lab::new(&["a", "b"])
+    let mut lab = Lab::with(&["a", "b"])
         .rules(|rules| rules.ingress("sg-b", &["tcp 22 10.0.1.0/24", "tcp 22 2001:db8:1::/64"]))
         .start();
     lab.serve("b", &[22, 23]);
@@ -171,7 +171,7 @@ fn arguments_that_can_not_be_used_are_named() {
 
 #[test]
 fn a_link_that_can_not_be_attached_to_is_named() {
-    let mut lab = Lab::new(&["a", "b"]).arguments(&["--attach", "i-x=nowhere0", "--attach", "i-y=br0"]).start();
+    let mut lab = Lab::with(&["a", "b"]).arguments(&["--attach", "i-x=nowhere0", "--attach", "i-y=br0"]).start();
     lab.serve("b", &[22]);
     let status = lab.agent.status();
     let warnings = status["warnings"].to_string();
@@ -186,7 +186,7 @@ fn a_link_that_can_not_be_attached_to_is_named() {
 
 #[test]
 fn without_root_it_says_so() {
-    let mut lab = Lab::new(&["b"]).start();
+    let mut lab = Lab::with(&["b"]).start();
     lab.agent.wait();
     // A copy that anybody may run: the one that was built may be in somebody's home directory.
     let copy = lab.agent.directory().join("sg-agent");

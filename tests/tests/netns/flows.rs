@@ -10,7 +10,7 @@ use crate::{pass, vanish};
 
 #[test]
 fn a_change_of_the_rules_is_enforced_live() {
-    let mut lab = Lab::new(&["a", "b"]).start();
+    let mut lab = Lab::with(&["a", "b"]).start();
     lab.serve("b", &[22]);
     vanish(lab.tcp("a", "b", 22));
     for _ in 0..3 {
@@ -24,7 +24,7 @@ fn a_change_of_the_rules_is_enforced_live() {
 /// Case 34: a session needs no egress rule for its replies.
 #[test]
 fn replies_pass_whatever_the_other_direction_says() {
-    let mut lab = Lab::new(&["a", "b"])
+    let mut lab = Lab::with(&["a", "b"])
         .rules(|rules| rules.ingress("sg-b", &["-1 - 10.0.1.10/32", "-1 - 2001:db8:1::10/128"]).egress("sg-b", &[]))
         .start();
     lab.serve("a", &[22]);
@@ -40,7 +40,7 @@ fn replies_pass_whatever_the_other_direction_says() {
 /// Case 35.
 #[test]
 fn a_tracked_flow_outlives_its_rule() {
-    let mut lab = Lab::new(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &["tcp 22 10.0.1.10/32"])).start();
+    let mut lab = Lab::with(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &["tcp 22 10.0.1.10/32"])).start();
     lab.serve("b", &[22]);
     let mut stream = lab.stream("a", "b", 22);
     lab.change(|rules| rules.ingress("sg-b", &[]));
@@ -51,7 +51,7 @@ fn a_tracked_flow_outlives_its_rule() {
 
 #[test]
 fn with_cut_a_tracked_flow_ends_with_its_rule() {
-    let mut lab = Lab::new(&["a", "b"])
+    let mut lab = Lab::with(&["a", "b"])
         .rules(|rules| rules.ingress("sg-b", &["tcp 22 10.0.1.10/32", "tcp 23 10.0.1.10/32"]))
         .arguments(&["--on-revoke=cut"])
         .start();
@@ -68,7 +68,7 @@ fn with_cut_a_tracked_flow_ends_with_its_rule() {
 #[test]
 fn an_untracked_flow_stops_with_its_rule_and_stays_stopped() {
     let any = ["tcp 22 0.0.0.0/0"];
-    let mut lab = Lab::new(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &any)).start();
+    let mut lab = Lab::with(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &any)).start();
     lab.serve("b", &[22]);
     let mut stream = lab.stream("a", "b", 22);
     assert!(lab.agent.packets("i-b", "ingress", "untracked") > 0, "{:#}", lab.agent.interface("i-b"));
@@ -87,7 +87,7 @@ fn an_untracked_flow_stops_with_its_rule_and_stays_stopped() {
 
 #[test]
 fn udp_flows_end_or_go_on_as_tcp_ones() {
-    let mut lab = Lab::new(&["a", "b", "c"])
+    let mut lab = Lab::with(&["a", "b", "c"])
         .rules(|rules| rules.ingress("sg-b", &["udp 53 10.0.1.10/32", "udp 54 0.0.0.0/0"]))
         .start();
     lab.serve("b", &[53, 54]);
@@ -105,7 +105,7 @@ fn udp_flows_end_or_go_on_as_tcp_ones() {
 /// Case 57, over a real stack that cuts 4 KB into pieces.
 #[test]
 fn every_fragment_goes_where_the_first_one_goes() {
-    let mut lab = Lab::new(&["a", "b"])
+    let mut lab = Lab::with(&["a", "b"])
         .rules(|rules| rules.ingress("sg-b", &["udp 5000 0.0.0.0/0", "udp 5000 ::/0"]).egress("sg-b", &[]))
         .start();
     lab.serve("b", &[5000, 5001]);

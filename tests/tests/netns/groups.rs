@@ -6,7 +6,7 @@ use crate::{pass, vanish};
 
 #[test]
 fn a_reference_follows_its_members() {
-    let mut lab = Lab::new(&["a", "b", "c"]).rules(|rules| rules.ingress("sg-b", &["tcp 3306 sg-a"])).start();
+    let mut lab = Lab::with(&["a", "b", "c"]).rules(|rules| rules.ingress("sg-b", &["tcp 3306 sg-a"])).start();
     lab.serve("b", &[3306]);
     pass(lab.tcp("a", "b", 3306));
     vanish(lab.tcp("c", "b", 3306));
@@ -23,7 +23,7 @@ fn a_reference_follows_its_members() {
 
 #[test]
 fn all_rules_of_all_groups_count_together() {
-    let mut lab = Lab::new(&["a", "b"])
+    let mut lab = Lab::with(&["a", "b"])
         .rules(|rules| rules.ingress("sg-x", &["tcp 22 0.0.0.0/0", "tcp 22 ::/0"]))
         .rules(|rules| rules.ingress("sg-y", &["tcp 23 10.0.1.0/24", "tcp 23 2001:db8:1::/64"]))
         .rules(|rules| rules.member("i-b", &["sg-x", "sg-y"]))
@@ -41,7 +41,7 @@ fn all_rules_of_all_groups_count_together() {
 
 #[test]
 fn a_group_trusts_itself_only_by_a_rule() {
-    let mut lab = Lab::new(&["a", "b"])
+    let mut lab = Lab::with(&["a", "b"])
         .rules(|rules| rules.ingress("sg-app", &[]).member("i-a", &["sg-app"]).member("i-b", &["sg-app"]))
         .start();
     lab.serve("b", &[22]);
@@ -55,7 +55,7 @@ fn a_group_trusts_itself_only_by_a_rule() {
 
 #[test]
 fn a_prefix_list_is_its_latest_version() {
-    let mut lab = Lab::new(&["a", "b", "c"])
+    let mut lab = Lab::with(&["a", "b", "c"])
         .rules(|rules| rules.ingress("sg-b", &["tcp 22 pl-1"]).prefix_list("pl-1", &["10.0.1.10/32"]))
         .start();
     lab.serve("b", &[22]);
@@ -69,7 +69,7 @@ fn a_prefix_list_is_its_latest_version() {
 
 #[test]
 fn an_instance_without_a_group_may_do_everything_and_an_unknown_one_nothing() {
-    let mut lab = Lab::new(&["a", "b", "c"]).rules(|rules| rules.member("i-b", &[]).forget("i-c")).start();
+    let mut lab = Lab::with(&["a", "b", "c"]).rules(|rules| rules.member("i-b", &[]).forget("i-c")).start();
     lab.serve("b", &[22]);
     lab.serve("c", &[22]);
     lab.serve("a", &[22]);

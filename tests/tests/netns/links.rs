@@ -6,7 +6,7 @@ use crate::{pass, vanish};
 
 #[test]
 fn a_link_that_comes_back_under_its_name_is_enforced_again() {
-    let mut lab = Lab::new(&["a", "b"])
+    let mut lab = Lab::with(&["a", "b"])
         .rules(|rules| rules.ingress("sg-b", &["tcp 22 10.0.1.0/24", "tcp 22 2001:db8:1::/64"]))
         .start();
     lab.serve("b", &[22, 23]);
@@ -29,7 +29,7 @@ fn a_link_that_comes_back_under_its_name_is_enforced_again() {
 
 #[test]
 fn a_link_that_is_made_later_is_enforced_when_it_appears() {
-    let mut lab = Lab::new(&["a", "b"]);
+    let mut lab = Lab::with(&["a", "b"]);
     lab = lab.rules(|rules| rules.ingress("sg-b", &["tcp 22 10.0.1.0/24", "tcp 22 2001:db8:1::/64"]));
     lab.unplug("b");
     let mut lab = lab.start();

@@ -6,7 +6,7 @@ use crate::try_all;
 
 #[test]
 fn explain_says_what_happens() {
-    let mut lab = Lab::new(&["a", "b", "c"])
+    let mut lab = Lab::with(&["a", "b", "c"])
         .rules(|rules| {
             rules.ingress("sg-b", &["tcp 22 10.0.1.10/32", "udp 5000-5010 0.0.0.0/0", "tcp 3306 sg-c", "tcp 80 ::/0"])
         })
@@ -15,30 +15,20 @@ fn explain_says_what_happens() {
     let ports = [22, 80, 3306, 5000, 5011];
     lab.serve("b", &ports);
     let mut said = Vec::new();
-    for from in ["a", "c", "outside"] {
-        for port in ports {
-            let (tcp, udp) = (lab.tcp(from, "b", port), lab.udp(from, "b", port));
-            for (protocol, attempts) in [("tcp", tcp), ("udp", udp)] {
-                for (attempt, address) in attempts.iter().zip(lab.addresses(from)) {
-                    let (address, port) = (address.to_string(), port.to_string());
-                    let packet = ["--proto", protocol, "--port", &port];
-                    let at_b = ["--to", "i-b", "--from", &address];
-                    let (mut allowed, explanation) = lab.agent.explain(&[&at_b[..], &packet].concat());
-                    if from != "outside" {
-                        // An address has no gate of its own; as an instance it has.
-                        let peer = lab
-                            .addresses("b")
-                            .iter()
-                            .find(|peer| peer.is_ipv4() == !address.contains(':'))
-                            .map(ToString::to_string);
-                        let from = format!("i-{from}");
-                        let out = ["--egress", "--to", &from, "--from", peer.as_deref().expect("of the family")];
-                        allowed &= lab.agent.explain(&[&out[..], &packet].concat()).0;
-                    }
-                    println!("{attempt}: {allowed}, {}", explanation["gates"][0]["text"]);
-                    said.push((attempt.clone(), allowed));
-                }
-            }
+    for (from, port, family) in ["a", "c", "outside"]
+        .into_iter()
+        .flat_map(|from| ports.into_iter().flat_map(move |port| [0, 1].map(|family| (from, port, family))))
+    {
+        let (address, peer) = (lab.addresses(from)[family].to_string(), lab.addresses("b")[family].to_string());
+        let number = port.to_string();
+        for (protocol, attempts) in [("tcp", lab.tcp(from, "b", port)), ("udp", lab.udp(from, "b", port))] {
+            let packet = ["--proto", protocol, "--port", &number];
+            let gate = |arguments: &[&str]| lab.agent.explain(&[arguments, &packet].concat()).0;
+            // An address has no gate of its own; an instance has.
+            let sender = format!("i-{from}");
+            let allowed = gate(&["--to", "i-b", "--from", &address])
+                && (from == "outside" || gate(&["--egress", "--to", &sender, "--from", &peer]));
+            said.push((attempts[family].clone(), allowed));
         }
     }
     let allowed = said.iter().filter(|(_, allowed)| *allowed).count();
@@ -48,7 +38,7 @@ fn explain_says_what_happens() {
 
 #[test]
 fn explain_names_the_rule_or_the_nearest_miss() {
-    let lab = Lab::new(&["a", "b"])
+    let lab = Lab::with(&["a", "b"])
         .rules(|rules| {
             rules.ingress("sg-b", &["tcp 22 10.0.1.10/32", "tcp 3306 sg-a"]).egress("sg-a", &["udp 53 0.0.0.0/0"])
         })
@@ -77,7 +67,7 @@ fn explain_names_the_rule_or_the_nearest_miss() {
 
 #[test]
 fn the_status_has_everything_that_scripts_ask_for() {
-    let mut lab = Lab::new(&["a", "b"])
+    let mut lab = Lab::with(&["a", "b"])
         .rules(|rules| rules.ingress("sg-b", &["tcp 22 10.0.1.0/24", "tcp 22 ::/0"]).egress("sg-b", &[]))
         .arguments(&["--publish", "i-b:32022=22"])
         .start();

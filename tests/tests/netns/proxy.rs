@@ -6,7 +6,7 @@ const LOCALHOST: std::net::IpAddr = std::net::IpAddr::V4(std::net::Ipv4Addr::LOC
 
 #[test]
 fn a_client_on_localhost_is_judged_as_such() {
-    let mut lab = Lab::new(&["a", "b"])
+    let mut lab = Lab::with(&["a", "b"])
         .rules(|rules| rules.ingress("sg-b", &["tcp 22 0.0.0.0/0"]))
         .arguments(&["--publish", "i-b:32022=22", "--publish", "i-b:10.0.1.1:32023=22"])
         .start();
@@ -28,7 +28,7 @@ fn a_client_on_localhost_is_judged_as_such() {
 
 #[test]
 fn a_revoke_ends_untracked_connections_through_the_proxy() {
-    let mut lab = Lab::new(&["b"])
+    let mut lab = Lab::with(&["b"])
         .rules(|rules| rules.ingress("sg-b", &["tcp 22 0.0.0.0/0", "tcp 23 127.0.0.0/8"]))
         .arguments(&["--publish", "i-b:32022=22", "--publish", "i-b:32023=23"])
         .start();

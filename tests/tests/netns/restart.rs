@@ -11,8 +11,8 @@ use tests::e2e::{Agent, Lab, Namespace, Rules, run, wait_for};
 use crate::{pass, vanish};
 
 fn lab() -> Lab {
-    let lab =
-        Lab::new(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &["-1 - 2001:db8:1::10/128", "tcp 22 10.0.1.10/32"]));
+    let lab = Lab::with(&["a", "b"])
+        .rules(|rules| rules.ingress("sg-b", &["-1 - 2001:db8:1::10/128", "tcp 22 10.0.1.10/32"]));
     let mut lab = lab.rules(|rules| rules.ingress("sg-a", &[])).start();
     lab.serve("b", &[22, 23]);
     lab
@@ -52,7 +52,7 @@ fn what_changed_while_no_agent_ran_is_enforced_by_the_next() {
 /// lost, and not one that isn't may get through.
 #[test]
 fn a_restart_has_no_gap() {
-    let mut lab = Lab::new(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &["udp 5000 10.0.1.10/32"])).start();
+    let mut lab = Lab::with(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &["udp 5000 10.0.1.10/32"])).start();
     lab.serve("b", &[5000, 5001]);
     let [to, _] = lab.addresses("b");
     lab.udp("a", "b", 5000)[0].passes();
@@ -104,7 +104,7 @@ fn detach_takes_everything_away() {
 
 #[test]
 fn with_detach_on_exit_enforcement_ends_with_the_agent() {
-    let mut lab = Lab::new(&["a", "b"]).arguments(&["--detach-on-exit"]).start();
+    let mut lab = Lab::with(&["a", "b"]).arguments(&["--detach-on-exit"]).start();
     lab.serve("b", &[22]);
     vanish(lab.tcp("a", "b", 22));
     assert!(lab.agent.stop().success());
@@ -126,7 +126,7 @@ fn the_second_agent_of_a_directory_is_told_who_has_it() {
 
 #[test]
 fn two_agents_share_a_machine() {
-    let mut lab = Lab::new(&["a", "b", "c"]).attach(&["a", "b"]).start();
+    let mut lab = Lab::with(&["a", "b", "c"]).attach(&["a", "b"]).start();
     lab.serve("b", &[22]);
     lab.serve("c", &[22]);
     let mut other = Agent::new(Some(&lab.world.host));

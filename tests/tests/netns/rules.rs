@@ -6,7 +6,7 @@ use crate::{pass, vanish};
 
 #[test]
 fn nothing_comes_in_without_a_rule_and_replies_need_none() {
-    let mut lab = Lab::new(&["a", "b"]).rules(|rules| rules.ingress("sg-a", &["tcp 22 10.0.1.0/24"])).start();
+    let mut lab = Lab::with(&["a", "b"]).rules(|rules| rules.ingress("sg-a", &["tcp 22 10.0.1.0/24"])).start();
     lab.serve("a", &[22]);
     lab.serve("b", &[22]);
     vanish(lab.tcp("a", "b", 22));
@@ -21,7 +21,7 @@ fn nothing_comes_in_without_a_rule_and_replies_need_none() {
 
 #[test]
 fn rules_are_about_their_protocol_port_and_family() {
-    let mut lab = Lab::new(&["a", "b", "c"]).start();
+    let mut lab = Lab::with(&["a", "b", "c"]).start();
     lab.serve("b", &[22, 23, 53, 8000, 8010, 8011]);
     lab.change(|rules| {
         let sources = ["tcp 22 10.0.1.10/32", "tcp 23 2001:db8:1::10/128", "udp 53 0.0.0.0/0", "udp 53 ::/0"];
@@ -51,7 +51,7 @@ fn rules_are_about_their_protocol_port_and_family() {
 
 #[test]
 fn what_leaves_needs_an_egress_rule() {
-    let lab = Lab::new(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &["-1 - 0.0.0.0/0", "-1 - ::/0"]));
+    let lab = Lab::with(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &["-1 - 0.0.0.0/0", "-1 - ::/0"]));
     let mut lab = lab.start();
     lab.serve("b", &[22, 23]);
     pass(lab.tcp("a", "b", 22));

@@ -7,7 +7,7 @@ use tests::e2e::{Attempt, Lab, arp_reply, run, send_frame, wait_for};
 #[test]
 fn a_foreign_source_address_does_not_leave() {
     let everything = ["-1 - 0.0.0.0/0", "-1 - ::/0"];
-    let mut lab = Lab::new(&["a", "b", "c"]).rules(|rules| rules.ingress("sg-b", &everything)).start();
+    let mut lab = Lab::with(&["a", "b", "c"]).rules(|rules| rules.ingress("sg-b", &everything)).start();
     lab.serve("b", &[53]);
     let [v4, v6] = lab.addresses("b");
     let foreign: [IpAddr; 2] = ["10.0.1.99", "2001:db8:1::99"].map(|text| text.parse().expect("an address"));
@@ -30,7 +30,7 @@ fn a_foreign_source_address_does_not_leave() {
 
 #[test]
 fn a_neighbour_does_not_believe_forged_arp() {
-    let lab = Lab::new(&["a", "b", "c"]).start();
+    let lab = Lab::with(&["a", "b", "c"]).start();
     let [a, b, c] = ["a", "b", "c"].map(|name| lab.world.instance(name));
     // So an answer to no question is believed.
     b.namespace.sysctl("net/ipv4/conf/eth0/arp_accept", "1");
@@ -47,7 +47,7 @@ fn a_neighbour_does_not_believe_forged_arp() {
 #[test]
 fn a_foreign_mac_address_does_not_leave() {
     let everything = ["-1 - 0.0.0.0/0", "-1 - ::/0"];
-    let mut lab = Lab::new(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &everything)).start();
+    let mut lab = Lab::with(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &everything)).start();
     lab.serve("b", &[53]);
     let [a, b] = ["a", "b"].map(|name| lab.world.instance(name));
     send_frame(&a.namespace, "eth0", &arp_reply([0x02, 0, 0x5e, 0, 0x53, 0xff], a.v4, b.mac, b.v4));

@@ -284,6 +284,7 @@ fn acl_entries_are_sorted_and_ports_read() {
 
 #[test]
 fn a_default_acl_of_an_emulator_gets_its_ipv6_entries() {
+    // SG-5.3
     let acls = items::<DescribeNetworkAcls>(fixture!("DescribeNetworkAcls_default"));
     let numbers = |quirks| {
         let inventory = Facts { acls: acls.clone(), ..Facts::default() }.inventory(quirks);

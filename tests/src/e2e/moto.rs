@@ -1,0 +1,226 @@
+//! A real Moto server, asked by the real AWS CLI or, where a test has much to set up, by the plain protocol. One for all
+//! tests of a program: it takes seconds to start, and the agent asks only for its own instances.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::{OnceLock, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+
+use super::{Agent, run, unique};
+
+/// How long it may take until it answers; importing it takes seconds on a slow disk.
+const START: Duration = Duration::from_secs(90);
+/// An image that Moto knows from its start.
+const AMI: &str = "ami-12c6146b";
+/// Any credentials will do, but there must be some.
+const CREDENTIALS: [(&str, &str); 4] = [
+    ("AWS_ACCESS_KEY_ID", "test"),
+    ("AWS_SECRET_ACCESS_KEY", "test"),
+    ("AWS_REGION", "us-east-1"),
+    ("AWS_DEFAULT_REGION", "us-east-1"),
+];
+
+/// A Moto that answers. It ends with the program.
+#[derive(Debug)]
+pub struct Moto {
+    address: SocketAddr,
+}
+
+impl Moto {
+    /// The one of this program.
+    ///
+    /// # Panics
+    /// When it can't be started.
+    pub fn shared() -> &'static Self {
+        static MOTO: OnceLock<Moto> = OnceLock::new();
+        MOTO.get_or_init(Self::start)
+    }
+
+    fn start() -> Self {
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| listener.local_addr());
+        let address = free.expect("a free port");
+        let python = venv("SG_MOTO_PYTHON", "python");
+        let log = std::env::temp_dir().join(format!("{}-moto.log", unique()));
+        let (tell, told) = mpsc::channel();
+        // Its parent is a thread that lives as long as the program: with that Moto ends, however that ends.
+        thread::spawn(move || {
+            let out = std::fs::File::create(&log).expect("a log file");
+            // Nobody needs its name any more; the file goes with its last user.
+            let _ = std::fs::remove_file(&log);
+            let mut command = Command::new(&python);
+            command.args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &address.port().to_string()]);
+            command.stdin(Stdio::null()).stderr(out.try_clone().expect("one more open file")).stdout(out);
+            let with_us = || set_pdeathsig(Signal::SIGKILL).map_err(Into::into);
+            // SAFETY: it makes one system call, and neither allocates nor takes a lock.
+            unsafe { command.pre_exec(with_us) };
+            let started = command.spawn().map_err(|error| format!("{}: {error}", python.display()));
+            let child = started.map_err(|error| drop(tell.send(error)));
+            if let Ok(mut child) = child {
+                let ended = child.wait();
+                let _ = tell.send(format!("moto.server ended: {ended:?}"));
+            }
+        });
+        let moto = Self { address };
+        let end = Instant::now() + START;
+        while !moto.answers() {
+            if let Ok(problem) = told.recv_timeout(Duration::from_millis(100)) {
+                panic!("no Moto: {problem}");
+            }
+            assert!(Instant::now() < end, "Moto doesn't answer within {START:?}");
+        }
+        moto
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Its URL.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Makes an agent read from here, or from what stands before it at `url`.
+    pub fn serve(&self, agent: &mut Agent, url: &str) {
+        for (name, value) in CREDENTIALS {
+            agent.environment(name, value);
+        }
+        agent.arguments(["--endpoint-url", url, "--poll-interval", "0.2"]);
+    }
+
+    /// `aws ec2 ...` with the real CLI; what it prints as text.
+    ///
+    /// # Panics
+    /// When it fails.
+    #[track_caller]
+    pub fn aws(&self, arguments: &[&str]) -> String {
+        let mut aws = Command::new(venv("SG_AWS", "aws"));
+        // The user's own account has nothing to do with it.
+        for name in ["AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_EC2"] {
+            aws.env_remove(name);
+        }
+        aws.env("AWS_CONFIG_FILE", "/dev/null").env("AWS_SHARED_CREDENTIALS_FILE", "/dev/null").env("AWS_PAGER", "");
+        aws.envs(CREDENTIALS).env("AWS_ENDPOINT_URL", self.url());
+        run(aws.arg("ec2").args(arguments).stdin(Stdio::null()))
+    }
+
+    /// One call of the EC2 Query API; the answer's XML.
+    ///
+    /// # Panics
+    /// When the answer isn't 200.
+    #[track_caller]
+    pub fn call(&self, action: &str, parameters: &[(&str, &str)]) -> String {
+        let mut body = format!("Action={action}&Version=2016-11-15");
+        for (name, value) in parameters {
+            body += &format!("&{name}={}", escape(value));
+        }
+        // Without a signature Moto takes it for a call of S3; it verifies none.
+        let request = format!(
+            "POST / HTTP/1.0\r\nHost: {}\r\nContent-Type: application/x-www-form-urlencoded\r\n\
+             Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/ec2/aws4_request\r\n\
+             Content-Length: {}\r\n\r\n{body}",
+            self.address,
+            body.len()
+        );
+        match self.ask(&request) {
+            Ok(answer) if answer.split(' ').nth(1) == Some("200") => answer,
+            answer => panic!("{body}: {answer:?}"),
+        }
+    }
+
+    /// Makes a security group without an ingress rule; its id. Names are this program's own.
+    #[track_caller]
+    pub fn group(&self) -> String {
+        let name = unique();
+        element(&self.call("CreateSecurityGroup", &[("GroupName", &name), ("GroupDescription", &name)]), "groupId")
+    }
+
+    /// Adds an ingress rule for TCP, from a network, a group or a prefix list.
+    #[track_caller]
+    pub fn authorize(&self, group: &str, port: u16, peer: &str) {
+        self.change_ingress("AuthorizeSecurityGroupIngress", group, port, peer);
+    }
+
+    /// Takes it away.
+    #[track_caller]
+    pub fn revoke(&self, group: &str, port: u16, peer: &str) {
+        self.change_ingress("RevokeSecurityGroupIngress", group, port, peer);
+    }
+
+    #[track_caller]
+    fn change_ingress(&self, action: &str, group: &str, port: u16, peer: &str) {
+        let key = match peer {
+            _ if peer.starts_with("sg-") => "IpPermissions.1.Groups.1.GroupId",
+            _ if peer.starts_with("pl-") => "IpPermissions.1.PrefixListIds.1.PrefixListId",
+            _ if peer.contains(':') => "IpPermissions.1.Ipv6Ranges.1.CidrIpv6",
+            _ => "IpPermissions.1.IpRanges.1.CidrIp",
+        };
+        let port = port.to_string();
+        let (from, to) = (("IpPermissions.1.FromPort", &*port), ("IpPermissions.1.ToPort", &*port));
+        self.call(action, &[("GroupId", group), ("IpPermissions.1.IpProtocol", "tcp"), from, to, (key, peer)]);
+    }
+
+    /// Runs an instance in these groups; its id.
+    #[track_caller]
+    pub fn instance(&self, groups: &[&str]) -> String {
+        let numbered: Vec<_> = (1..).map(|number| format!("SecurityGroupId.{number}")).zip(groups).collect();
+        let mut parameters = vec![("ImageId", AMI), ("MinCount", "1"), ("MaxCount", "1")];
+        parameters.extend(numbered.iter().map(|(name, group)| (name.as_str(), **group)));
+        element(&self.call("RunInstances", &parameters), "instanceId")
+    }
+
+    fn answers(&self) -> bool {
+        self.ask("HEAD /moto-api/ HTTP/1.0\r\n\r\n").is_ok_and(|answer| answer.split(' ').nth(1) == Some("200"))
+    }
+
+    fn ask(&self, request: &str) -> std::io::Result<String> {
+        let mut socket = TcpStream::connect_timeout(&self.address, Duration::from_secs(2))?;
+        socket.set_read_timeout(Some(Duration::from_secs(30)))?;
+        socket.write_all(request.as_bytes())?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer)?;
+        Ok(answer)
+    }
+}
+
+/// The text of the first element of this name.
+///
+/// # Panics
+/// When there is none.
+#[track_caller]
+pub fn element(xml: &str, name: &str) -> String {
+    let found = xml.split_once(&format!("<{name}>")).and_then(|(_, rest)| rest.split_once("</"));
+    found.unwrap_or_else(|| panic!("no <{name}> in {xml}")).0.to_owned()
+}
+
+fn escape(value: &str) -> String {
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.".contains(byte);
+    value.bytes().map(|byte| if plain(&byte) { char::from(byte).into() } else { format!("%{byte:02X}") }).collect()
+}
+
+/// A program of the virtual environment that `cargo xtask test` makes.
+fn venv(variable: &str, program: &str) -> PathBuf {
+    let own = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/venv/bin").join(program);
+    let path = std::env::var_os(variable).map_or_else(own, PathBuf::from);
+    assert!(path.exists(), "{} isn't there: run 'cargo xtask test', or set {variable}", path.display());
+    path
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_and_answers_are_what_ec2_speaks() {
+        assert_eq!(escape("10.0.0.0/8 ::"), "10.0.0.0%2F8%20%3A%3A");
+        assert_eq!(element("<a><groupId>sg-1</groupId><groupId>sg-2</groupId></a>", "groupId"), "sg-1");
+    }
+}

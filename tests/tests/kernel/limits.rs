@@ -1,0 +1,155 @@
+//! As much as the norm and the maps allow, and one more: what doesn't fit is refused whole (SG-1.14).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+use ipnet::{IpNet, Ipv4Net};
+use sg_agent::apply::{Applier, ApplyError};
+use sg_agent::datapath::Datapath;
+use sg_agent::model::{GroupId, InstanceId, Peer, PrefixListId, RuleId, Scope, Traffic};
+use sg_agent::resolve::{Allowance, Desired, GroupSpec, Interface, Peers, PolicyKey, Spec};
+use sg_common::abi::{self, Config, Direction};
+use sg_common::policy::{Match, Query};
+use tests::lab::scope;
+use tests::netns::isolated;
+
+/// Instances that the norm's users have at most.
+const INSTANCES: u32 = 1_000;
+/// Entries of one prefix list.
+const ENTRIES: u32 = 1_000;
+/// Distinct prefixes of one machine.
+const PREFIXES: u32 = 100_000;
+
+fn applier() -> Applier {
+    let config = Config::default();
+    let (datapath, maps) = Datapath::load(&config, None, false).expect("programs and maps that the kernel takes");
+    Applier::new(datapath, maps, config)
+}
+
+/// The `n`th of distinct /28 networks.
+fn network(n: u32) -> IpNet {
+    IpNet::V4(Ipv4Net::new(Ipv4Addr::from(0x0a00_0000 + (n << 4)), 28).expect("a prefix length"))
+}
+
+fn key(n: u32) -> PolicyKey {
+    PolicyKey::Groups(scope(), BTreeSet::from([GroupId::from(format!("sg-{n}").as_str())]))
+}
+
+/// A rule with a prefix list: TCP port `port` from networks `first` to `first + entries`.
+fn rule(port: u16, first: u32, entries: u32) -> Allowance {
+    Allowance {
+        id: RuleId::from(format!("sgr-{port}").as_str()),
+        group: GroupId::from("sg"),
+        traffic: Traffic::Tcp { from: port, to: port },
+        peer: Peer::PrefixList(PrefixListId::from("pl")),
+        peers: Peers::Networks(Arc::new((first..first + entries).map(network).collect())),
+    }
+}
+
+/// An interface that isn't attached: there is no such link, which is a warning and not this test's subject.
+fn interface(n: u32, policy: PolicyKey) -> Interface {
+    let [_, a, b, c] = n.to_be_bytes();
+    Interface {
+        link: format!("none{n}"),
+        instance: InstanceId::from(format!("i-{n}").as_str()),
+        scope: Scope { ..scope() },
+        eni: None,
+        groups: BTreeSet::new(),
+        policy,
+        acl: None,
+        vpc: 1,
+        mac: [2, 0, 0, a, b, c],
+        addresses: vec![IpAddr::from([198, 18, b, c])],
+        subnet: Vec::new(),
+        subnet_number: None,
+        source_dest_check: true,
+    }
+}
+
+fn desired(policies: BTreeMap<PolicyKey, Arc<Spec>>) -> Desired {
+    let keys: Vec<PolicyKey> = policies.keys().cloned().collect();
+    let interfaces = (0..INSTANCES).map(|n| (1_000_000 + n, interface(n, keys[n as usize % keys.len()].clone())));
+    Desired { interfaces: interfaces.collect(), policies, ..Desired::default() }
+}
+
+fn groups(ingress: Vec<Allowance>) -> Arc<Spec> {
+    Arc::new(Spec::Groups(GroupSpec { ingress, egress: Vec::new() }))
+}
+
+#[test]
+pub fn a_thousand_instances_and_a_hundred_thousand_prefixes_fit_and_more_are_refused_whole() {
+    isolated(|| {
+        let mut applier = applier();
+        let policies: BTreeMap<PolicyKey, Arc<Spec>> =
+            (0..PREFIXES / ENTRIES).map(|n| (key(n), groups(vec![rule(22, n * ENTRIES, ENTRIES)]))).collect();
+        let state = desired(policies.clone());
+        let snapshot = applier.apply(&state, true).expect("the norm's limits fit");
+        assert_eq!(snapshot.interfaces.len(), INSTANCES as usize);
+        assert_eq!(snapshot.usage.prefixes4, PREFIXES);
+        let ask = |snapshot: &sg_agent::apply::Snapshot, n: u32, own: u32| {
+            let entry = snapshot.interfaces[&(1_000_000 + own)].entry;
+            let peer = network(n).addr().into();
+            let query = Query { peer: &peer, protocol: 6, port: 22 };
+            snapshot.tables.look_up(entry.groups, entry.vpc, Direction::Ingress, &query)
+        };
+        assert_eq!(ask(&snapshot, 0, 0), Match::Narrow);
+        assert_eq!(ask(&snapshot, ENTRIES, 0), Match::None);
+
+        // One more than the map holds, beside all that stands.
+        let mut over = policies.clone();
+        let rest = abi::MAX_PREFIXES - PREFIXES + 1;
+        over.insert(
+            key(9_999),
+            groups(
+                (0..rest.div_ceil(ENTRIES))
+                    .map(|n| {
+                        let first = PREFIXES + n * ENTRIES;
+                        rule(23, first, ENTRIES.min(PREFIXES + rest - first))
+                    })
+                    .collect(),
+            ),
+        );
+        let error = applier.apply(&desired(over), true).expect_err("more prefixes than the map holds");
+        assert!(matches!(error, ApplyError::Capacity { what: "IPv4 prefixes", .. }), "{error}");
+        assert!(error.to_string().contains("refused whole, the old policy stands"), "{error}");
+        let after = applier.snapshot();
+        assert_eq!((after.generation, after.usage), (snapshot.generation, snapshot.usage), "nothing has changed");
+        assert_eq!(ask(&after, 0, 0), Match::Narrow);
+        assert_eq!(applier.maps().cidrs4.keys().count(), PREFIXES as usize, "nothing was left behind");
+    });
+}
+
+#[test]
+pub fn a_thousand_rules_on_an_interface_all_count() {
+    isolated(|| {
+        let mut applier = applier();
+        let rules = (0..1_000).map(|n| rule(n as u16 + 1, n, 1)).collect();
+        let snapshot = applier.apply(&desired(BTreeMap::from([(key(0), groups(rules))])), true).expect("they fit");
+        let entry = snapshot.interfaces[&1_000_000].entry;
+        for n in 0..1_000 {
+            for (port, expected) in [(n as u16 + 1, Match::Narrow), (n as u16 + 2, Match::None)] {
+                let peer = network(n).addr().into();
+                let query = Query { peer: &peer, protocol: 6, port };
+                let found = snapshot.tables.look_up(entry.groups, entry.vpc, Direction::Ingress, &query);
+                assert_eq!(found, expected, "rule {n}, port {port}");
+            }
+        }
+    });
+}
+
+#[test]
+pub fn more_interfaces_than_fit_are_refused_whole() {
+    isolated(|| {
+        let mut applier = applier();
+        let policies = BTreeMap::from([(key(0), groups(vec![rule(22, 0, 1)]))]);
+        let mut state = desired(policies);
+        let snapshot = applier.apply(&state, true).expect("a thousand fit");
+        for n in INSTANCES..=abi::MAX_INTERFACES {
+            state.interfaces.insert(1_000_000 + n, interface(n, key(0)));
+        }
+        let error = applier.apply(&state, true).expect_err("one interface too many");
+        assert!(matches!(error, ApplyError::Capacity { what: "interfaces", .. }), "{error}");
+        assert_eq!(applier.snapshot().generation, snapshot.generation);
+    });
+}
