@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use aya::util::KernelVersion;
-use tests::e2e::{Agent, Lab, Namespace, Rules, wait_for};
+use tests::e2e::{Agent, Lab, Namespace, Rules, run, wait_for};
 
 use crate::{pass, vanish};
 
@@ -173,9 +173,14 @@ fn a_fresh_look_finds_no_program_after_detach() {
     assert!(!Path::new(lab.agent.bpffs()).exists());
 }
 
-/// How many programs TCX has on a link.
+/// How many programs are on a link: as TCX has them, or before Linux 6.6 as filters.
 fn programs(host: &Namespace, link: &str) -> usize {
     use aya::programs::{SchedClassifier, tc::TcAttachType};
+    use aya::util::KernelVersion;
+    if KernelVersion::current().is_ok_and(|version| version < KernelVersion::new(6, 6, 0)) {
+        let filters = |side| run(host.command("tc").args(["filter", "show", "dev", link, side]));
+        return ["ingress", "egress"].into_iter().map(|side| filters(side).matches("direct-action").count()).sum();
+    }
     host.run(|| {
         let count = |side| match SchedClassifier::query_tcx(link, side) {
             Ok((_, programs)) => programs.len(),

@@ -93,7 +93,7 @@ pub fn run(image: &Path, archive: &Path, console: &Path, job: &Job, counts: &mut
 fn check(ended: &[String], job: &Job, console: &Path) -> Result<()> {
     let mut failures = Vec::new();
     for (place, program) in job.programs.iter().enumerate() {
-        let name = program.file_name().unwrap_or_default().to_string_lossy();
+        let name = program.path.file_name().unwrap_or_default().to_string_lossy();
         let code = ended.iter().find_map(|line| line.strip_prefix(&format!("{place} ")));
         match code {
             Some("0") => {}
@@ -108,11 +108,12 @@ fn check(ended: &[String], job: &Job, console: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vm::Program;
 
     fn checked(ended: &[&str]) -> String {
-        let programs = ["target/kernel-1".into(), "target/netns-2".into()];
-        let job =
-            Job { version: "6.1", agent: Path::new("agent"), programs: &programs, arguments: &[], environment: &[] };
+        let program = |path: &str| Program { path: path.into(), arguments: Vec::new() };
+        let programs = [program("target/kernel-1"), program("target/netns-2")];
+        let job = Job { version: "6.1", agent: Path::new("agent"), programs: &programs, environment: &[] };
         let ended: Vec<_> = ended.iter().map(|line| (*line).to_owned()).collect();
         match check(&ended, &job, Path::new("/nowhere")) {
             Ok(()) => String::new(),

@@ -20,6 +20,7 @@ use initramfs::Initramfs;
 pub const OLDEST: &str = "6.1";
 
 const QEMU: Tool = deps::tool("qemu-system-x86_64", "qemu-system-x86", "other kernels are booted in it");
+const TC: Tool = deps::tool("tc", "iproute2", "tests look at filters with it");
 const DPKG_DEB: Tool = deps::tool("dpkg-deb", "dpkg", "kernels are unpacked with it");
 /// QEMU's package only recommends it.
 const FIRMWARE: (&str, &str) = ("/usr/share/seabios/bios-256k.bin", "seabios");
@@ -41,16 +42,22 @@ pub struct Job<'a> {
     /// The agent.
     pub agent: &'a Path,
     /// The test programs, one after the other.
-    pub programs: &'a [PathBuf],
-    /// Their arguments.
-    pub arguments: &'a [OsString],
+    pub programs: &'a [Program],
     /// Their environment.
     pub environment: &'a [(&'a str, OsString)],
 }
 
+/// A test program and its arguments.
+pub struct Program {
+    /// Where it is on this machine.
+    pub path: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<OsString>,
+}
+
 /// Makes sure that QEMU and the user land of the machine are there.
 pub fn ensure_tools() -> Result<()> {
-    deps::ensure_tools(&[QEMU, DPKG_DEB, deps::IP, deps::BUSYBOX])?;
+    deps::ensure_tools(&[QEMU, DPKG_DEB, TC, deps::IP, deps::BUSYBOX])?;
     if !Path::new(FIRMWARE.0).exists() {
         ui::step(&format!("installing {}: QEMU's machine starts with it", FIRMWARE.1));
         deps::apt_install(&[FIRMWARE.1])?;
@@ -70,9 +77,10 @@ pub fn run(job: &Job, counts: &mut Counts) -> Result<()> {
         let mut files = Initramfs::new(&archive)?;
         files.program(&deps::find(&deps::BUSYBOX)?, "bin/busybox")?;
         files.program(&deps::find(&deps::IP)?, "bin/ip")?;
+        files.program(&deps::find(&TC)?, "bin/tc")?;
         files.program(job.agent, "bin/sg-agent")?;
         for (place, program) in job.programs.iter().enumerate() {
-            files.program(program, &format!("tests/{place}"))?;
+            files.program(&program.path, &format!("tests/{place}"))?;
         }
         let modules = kernel.modules(&mut files)?;
         files.file("init", init(job, &modules).as_bytes(), true)?;
@@ -105,10 +113,11 @@ fn init(job: &Job, modules: &[String]) -> String {
     for (name, value) in job.environment {
         script += &format!("export {name}={}\n", cmd::quote(&value.to_string_lossy()));
     }
-    let arguments: Vec<_> = job.arguments.iter().map(|argument| cmd::quote(&argument.to_string_lossy())).collect();
     script += &format!("echo \"{}$(uname -r)\"\n", machine::BOOTED);
-    for (place, _) in job.programs.iter().enumerate() {
-        script += &format!("/tests/{place} {}; echo \"{}{place} $?\"\n", arguments.join(" "), machine::ENDED);
+    for (place, program) in job.programs.iter().enumerate() {
+        let words = program.arguments.iter().map(|word| cmd::quote(&word.to_string_lossy()));
+        let arguments = words.collect::<Vec<_>>().join(" ");
+        script += &format!("/tests/{place} {arguments}; echo \"{}{place} $?\"\n", machine::ENDED);
     }
     // The port has a buffer.
     script + "sleep 1\npoweroff -f\n"
@@ -228,16 +237,10 @@ mod tests {
 
     #[test]
     fn programs_are_run_one_after_the_other_and_quoted() {
-        let programs = ["a".into(), "b".into()];
-        let arguments = ["it's".into()];
+        let program = |path: &str| Program { path: path.into(), arguments: vec!["it's".into()] };
+        let programs = [program("a"), program("b")];
         let environment = [("SG_X", "1 2".into())];
-        let job = Job {
-            version: "6.1",
-            agent: Path::new("agent"),
-            programs: &programs,
-            arguments: &arguments,
-            environment: &environment,
-        };
+        let job = Job { version: "6.1", agent: Path::new("agent"), programs: &programs, environment: &environment };
         let script = init(&job, &["/modules/veth.ko".to_owned()]);
         let lines: Vec<_> = script.lines().collect();
         assert!(lines.contains(&"export SG_X='1 2'") && lines.contains(&"insmod /modules/veth.ko"), "{script}");
