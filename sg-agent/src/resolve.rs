@@ -2,6 +2,7 @@
 //! the links that were discovered to one [`Desired`] state. Pure but for the numbers that it gives to groups and VPCs.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -80,6 +81,20 @@ pub enum PolicyKey {
     NoGroup,
     /// An instance that the control plane doesn't know: nothing is allowed.
     Unknown,
+}
+
+impl fmt::Display for PolicyKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Groups(scope, groups) => {
+                let groups: Vec<&str> = groups.iter().map(|group| &*group.0).collect();
+                write!(f, "{} ({scope})", groups.join(", "))
+            }
+            Self::Acl(scope, acl) => write!(f, "{acl} ({scope})"),
+            Self::NoGroup => f.write_str("interfaces without a group"),
+            Self::Unknown => f.write_str("unknown instances"),
+        }
+    }
 }
 
 /// A policy's rules, with everything that they refer to.
