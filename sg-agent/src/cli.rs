@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 
 use crate::discovery::AttachSpec;
 use crate::exempt::Service;
@@ -206,10 +207,10 @@ fn party(text: &str) -> Result<Party, String> {
 
 fn protocol(text: &str) -> Result<u8, String> {
     match text {
-        "tcp" => Ok(6),
-        "udp" => Ok(17),
-        "icmp" => Ok(1),
-        "icmpv6" => Ok(58),
+        "tcp" => Ok(TCP),
+        "udp" => Ok(UDP),
+        "icmp" => Ok(ICMP),
+        "icmpv6" => Ok(ICMPV6),
         _ => text.parse().map_err(|_| format!("'{text}' is not tcp, udp, icmp, icmpv6 or a number from 0 to 255")),
     }
 }

@@ -14,7 +14,7 @@ use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 use sg_common::policy::Match;
 
 use crate::model::Traffic;
-use crate::resolve::{AclSpec, Allowance, GroupSpec, Peers, Spec};
+use crate::resolve::{AclSpec, Allowance, Peers, Spec};
 
 /// Both directions of a policy, ready to be written.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -83,6 +83,12 @@ pub enum CompileError {
         /// Classes of ports.
         columns: usize,
     },
+    /// More cells than the matrices of all policies have together.
+    #[error("{words} words of cells are needed, {most} fit; use fewer distinct rules", most = abi::MATRIX_WORDS)]
+    TooManyCells {
+        /// Words of 32 cells.
+        words: usize,
+    },
 }
 
 /// Compiles a policy.
@@ -91,16 +97,15 @@ pub enum CompileError {
 /// [`CompileError`] where the result wouldn't fit; nothing is ever left out of a policy to make it fit.
 pub fn compile(spec: &Spec) -> Result<Compiled, CompileError> {
     match spec {
-        Spec::Groups(groups) => Ok(Compiled {
-            ingress: compile_rules(&groups.ingress, groups)?,
-            egress: compile_rules(&groups.egress, groups)?,
-        }),
+        Spec::Groups(groups) => {
+            Ok(Compiled { ingress: compile_rules(&groups.ingress)?, egress: compile_rules(&groups.egress)? })
+        }
         Spec::Acl(acl) => Ok(Compiled { ingress: compile_acl(&acl.ingress)?, egress: compile_acl(&acl.egress)? }),
     }
 }
 
 /// Groups: all rules together, only ever allowing (SG-2.1).
-fn compile_rules(rules: &[Allowance], _groups: &GroupSpec) -> Result<Table, CompileError> {
+fn compile_rules(rules: &[Allowance]) -> Result<Table, CompileError> {
     let mut table = tabulate(rules.iter().map(|rule| (rule.traffic, &rule.peers)), |shared| {
         match shared.max_by_key(|&rule| rules[rule].is_any_source()) {
             None => Match::None,
@@ -139,7 +144,6 @@ fn tabulate<'a>(
     rules: impl ExactSizeIterator<Item = (Traffic, &'a Peers)> + Clone,
     judge: impl Fn(&mut dyn Iterator<Item = usize>) -> Match,
 ) -> Result<Table, CompileError> {
-    // `max_by_key` needs a sized iterator; see `Shared`.
     let count = rules.len();
     let mut rows = Classes::new(count);
     let mut columns = Classes::new(count);
@@ -158,7 +162,12 @@ fn tabulate<'a>(
         table.flags |= abi::REFERENCES;
     }
     let row_words = table.row_words() as usize;
-    table.matrix = vec![0; row_words * rows.sets.len()];
+    let words = row_words * rows.sets.len();
+    // Before they are computed, which takes minutes where there are far too many.
+    if words > abi::MATRIX_WORDS as usize {
+        return Err(CompileError::TooManyCells { words });
+    }
+    table.matrix = vec![0; words];
     for (row, peers) in rows.sets.iter().enumerate() {
         for (column, ports) in columns.sets.iter().enumerate() {
             let cell = judge(&mut peers.intersection(ports)) as u64;

@@ -7,6 +7,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 use sg_common::abi::{Direction, HAS_RULES};
+use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 use sg_common::verdict::Drop;
 
 use crate::apply::{Enforced, Snapshot};
@@ -108,9 +109,12 @@ pub enum ExplainError {
     /// Nothing is enforced for it.
     #[error("instance {0} is not attached here; 'sg-agent status' lists those that are")]
     NotAttached(InstanceId),
-    /// Its interface has no address of the family.
-    #[error("instance {0} has no address to talk to {1} from")]
-    NoAddress(InstanceId, IpAddr),
+    /// Its interface has no address.
+    #[error("instance {0} has no address yet; 'sg-agent status' shows those that are known")]
+    NoAddress(InstanceId),
+    /// Its interface has no address of the other side's family.
+    #[error("instance {0} has no address to talk to {1} from; ask with an address of the other family")]
+    NoAddressFor(InstanceId, IpAddr),
 }
 
 /// Answers `query` by what `snapshot` says is enforced.
@@ -125,8 +129,9 @@ pub fn explain(snapshot: &Snapshot, query: &Query) -> Result<Explanation, Explai
         Party::Address(address) => vec![gate(own, direction, *address)],
         Party::Instance(other) => {
             let peer = interface_of(snapshot, other)?;
-            let its = address_of(peer.1).ok_or_else(|| ExplainError::NoAddress(other.clone(), [0, 0, 0, 0].into()))?;
-            let ours = address_for(own.1, its).ok_or_else(|| ExplainError::NoAddress(query.instance.clone(), its))?;
+            let its = address_of(peer.1).ok_or_else(|| ExplainError::NoAddress(other.clone()))?;
+            let ours =
+                address_for(own.1, its).ok_or_else(|| ExplainError::NoAddressFor(query.instance.clone(), its))?;
             let own_gate = gate(own, direction, its);
             let peer_gate = gate(peer, direction.reverse(), ours);
             // In the packet's order: the sender's first.
@@ -235,7 +240,7 @@ fn same_family(peer: &Peer, address: IpAddr) -> bool {
 /// How far the question's port is from a rule's range; another protocol is further than any port.
 fn distance(traffic: Traffic, question: &Question) -> u32 {
     let (Traffic::Tcp { from, to } | Traffic::Udp { from, to }) = traffic else { return u32::MAX };
-    let is_same = matches!((traffic, question.protocol), (Traffic::Tcp { .. }, 6) | (Traffic::Udp { .. }, 17));
+    let is_same = matches!((traffic, question.protocol), (Traffic::Tcp { .. }, TCP) | (Traffic::Udp { .. }, UDP));
     let nearest = question.port.clamp(from, to);
     u32::from(nearest.abs_diff(question.port)) + if is_same { 0 } else { 1 << 16 }
 }
@@ -281,10 +286,10 @@ fn traffic_text(traffic: Traffic) -> String {
 pub fn question_text(protocol: u8, port: u16) -> String {
     let [kind, code] = port.to_be_bytes();
     match protocol {
-        6 => format!("tcp {port}"),
-        17 => format!("udp {port}"),
-        1 => format!("icmp type {kind} code {code}"),
-        58 => format!("icmpv6 type {kind} code {code}"),
+        TCP => format!("tcp {port}"),
+        UDP => format!("udp {port}"),
+        ICMP => format!("icmp type {kind} code {code}"),
+        ICMPV6 => format!("icmpv6 type {kind} code {code}"),
         other => format!("protocol {other}"),
     }
 }

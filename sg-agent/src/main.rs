@@ -14,6 +14,7 @@ use sg_agent::exempt::Service;
 use sg_agent::source::Ec2Options;
 use sg_agent::{discovery, explain, render, resolve};
 use sg_common::abi::{CUT_ON_REVOKE, Config, RELATED_ERRORS};
+use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 
 /// The exit code of what could not be done, beside 1 for "denied" and "not enforced".
 const ERROR: u8 = 2;
@@ -124,14 +125,15 @@ async fn wait_for(places: &Places, patience: Duration) -> Result<()> {
 
 /// Exit code 0: allowed; 1: denied.
 async fn explain_packet(places: &Places, args: ExplainArgs) -> Result<ExitCode> {
-    if args.port.is_some() && !matches!(args.proto, 6 | 17) {
+    if args.port.is_some() && !matches!(args.proto, TCP | UDP) {
         bail!("protocol {} has no ports; leave --port out (for ICMP there is --icmp-type)", args.proto);
     }
     let port = match (args.proto, args.port, args.icmp_type) {
-        (6 | 17, Some(port), _) => port,
-        (6 | 17, None, _) => bail!("--port is missing: which port is the packet for?"),
-        (1, _, kind) => kind.unwrap_or(8 << 8),
-        (58, _, kind) => kind.unwrap_or(128 << 8),
+        (TCP | UDP, Some(port), _) => port,
+        (TCP | UDP, None, _) => bail!("--port is missing: which port is the packet for?"),
+        // Echo requests.
+        (ICMP, _, kind) => kind.unwrap_or(8 << 8),
+        (ICMPV6, _, kind) => kind.unwrap_or(128 << 8),
         _ => 0,
     };
     let query = explain::Query {

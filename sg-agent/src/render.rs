@@ -21,7 +21,13 @@ pub fn status(status: &Status) -> String {
     }
     for source in &status.sources {
         let age = source.age_seconds.map_or("never read".into(), |age| format!("read {age:.1} s ago"));
-        let _ = writeln!(text, "rules from {} ({}/{}), {age}", clean(&source.source), source.account, source.region);
+        let _ = writeln!(
+            text,
+            "rules from {} ({}/{}), {age}",
+            clean(&source.source),
+            clean(&source.account),
+            clean(&source.region)
+        );
     }
     text.push('\n');
     text += &interfaces(&status.interfaces);

@@ -2,6 +2,7 @@
 //! the links that were discovered to one [`Desired`] state. Pure but for the numbers that it gives to groups and VPCs.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -80,6 +81,20 @@ pub enum PolicyKey {
     NoGroup,
     /// An instance that the control plane doesn't know: nothing is allowed.
     Unknown,
+}
+
+impl fmt::Display for PolicyKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Groups(scope, groups) => {
+                let groups: Vec<&str> = groups.iter().map(|group| &*group.0).collect();
+                write!(f, "{} ({scope})", groups.join(", "))
+            }
+            Self::Acl(scope, acl) => write!(f, "{acl} ({scope})"),
+            Self::NoGroup => f.write_str("interfaces without a group"),
+            Self::Unknown => f.write_str("unknown instances"),
+        }
+    }
 }
 
 /// A policy's rules, with everything that they refer to.
@@ -230,13 +245,15 @@ impl Resolver {
     fn interface(&mut self, world: &World, placement: &Placement, desired: &mut Desired) -> Interface {
         let attachment = placement.attachment;
         let inventory = world.get(&placement.scope);
-        let subnet = placement.eni.and_then(|eni| eni.subnet.as_ref()).and_then(|id| inventory?.subnets.get(id));
         let vpc_id = placement.eni.and_then(|eni| eni.vpc.clone()).unwrap_or_else(|| VpcId::from(""));
         let vpc = self.vpcs.of(&(placement.scope.clone(), vpc_id));
         let (policy, groups) = self.policy(world, placement, desired);
-        let acl = subnet.and_then(|subnet| self.acl(inventory?, &placement.scope, &subnet.id, desired));
+        let subnet_id = placement.eni.and_then(|eni| eni.subnet.as_ref());
+        let subnet = subnet_id.and_then(|id| inventory?.subnets.get(id));
+        // By its id: an ACL stands whether or not the source lists the subnet itself.
+        let acl = subnet_id.and_then(|id| self.acl(inventory?, &placement.scope, id, desired));
         let subnet_number =
-            subnet.filter(|_| acl.is_some()).map(|s| self.subnets.of(&(placement.scope.clone(), s.id.clone())));
+            subnet_id.filter(|_| acl.is_some()).map(|id| self.subnets.of(&(placement.scope.clone(), id.clone())));
         let known = placement.eni.into_iter().flat_map(Eni::private_addresses);
         let mut addresses = attachment.addresses.clone();
         addresses.extend(known.filter(|address| !attachment.addresses.contains(address)));
@@ -410,7 +427,8 @@ impl Resolver {
         Some(key)
     }
 
-    /// The private addresses of every member of a referenced group, or of a subnet with an ACL, from each VPC that can see them (SG-1.9, SG-1.12).
+    /// The private addresses of every member of a referenced group, or of a subnet with an ACL, from each VPC that can
+    /// see them (SG-1.9, SG-1.12).
     fn members(&mut self, world: &World, placements: &[Placement], desired: &mut Desired) {
         let referenced: BTreeSet<u32> = desired
             .policies
@@ -589,4 +607,70 @@ fn find_eni<'a>(inventory: &'a Inventory, attachment: &Attachment) -> Option<&'a
         .or_else(|| enis.iter().find(|eni| eni.device_index == attachment.device_index))
         .or_else(|| enis.first())
         .copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::discovery::{Link, Origin};
+    use crate::model::{Instance, NetworkAcl};
+
+    fn scope() -> Scope {
+        Scope { account: "123456789012".into(), region: "us-east-1".into() }
+    }
+
+    fn eni() -> Eni {
+        Eni {
+            id: "eni-1".into(),
+            instance: Some("i-1".into()),
+            device_index: 0,
+            groups: BTreeSet::from(["sg-1".into()]),
+            subnet: Some("subnet-1".into()),
+            vpc: Some("vpc-1".into()),
+            addresses: vec!["10.0.0.1".parse().expect("an address")],
+            prefixes: Vec::new(),
+            source_dest_check: true,
+        }
+    }
+
+    fn attachment() -> Attachment {
+        Attachment {
+            instance: "i-1".into(),
+            account: None,
+            region: None,
+            eni: None,
+            device_index: 0,
+            link: Link { ifindex: 7, name: "veth7".into() },
+            mac: [2, 0, 0, 0, 0, 7],
+            addresses: vec!["10.0.0.1".parse().expect("an address")],
+            networks: Vec::new(),
+            gateways: Vec::new(),
+            origin: Origin::Flag,
+            publish: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn an_acl_stands_where_the_source_lists_no_subnets() {
+        let acl = NetworkAcl {
+            id: "acl-1".into(),
+            subnets: BTreeSet::from(["subnet-1".into()]),
+            ingress: Vec::new(),
+            egress: Vec::new(),
+        };
+        let instance = Instance { id: "i-1".into(), name: None, state: "running".into(), enis: vec!["eni-1".into()] };
+        let inventory = Inventory {
+            enis: BTreeMap::from([("eni-1".into(), eni())]),
+            instances: BTreeMap::from([("i-1".into(), instance)]),
+            acls: BTreeMap::from([("acl-1".into(), acl)]),
+            ..Inventory::default()
+        };
+        let world = World::from([(scope(), inventory)]);
+        let desired = Resolver::default().resolve(&world, &scope(), &[attachment()]);
+        let interface = &desired.interfaces[&7];
+        assert_eq!(interface.acl, Some(PolicyKey::Acl(scope(), "acl-1".into())));
+        assert!(interface.subnet.is_empty() && interface.subnet_number.is_some());
+        let own = &desired.members[&(interface.vpc, interface.addresses[0])];
+        assert_eq!(own.subnet, interface.subnet_number, "neighbours in the subnet are known by its number");
+    }
 }

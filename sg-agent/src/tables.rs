@@ -5,15 +5,15 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use sg_common::abi::{self, Binding, Config, Direction, GROUPS_PER_MEMBER, Member, Policy};
+use sg_common::abi::{Binding, Config, Direction, GROUPS_PER_MEMBER, Member, Policy};
 use sg_common::addr::Address;
-use sg_common::policy::{Match, Query, Tables, find};
+use sg_common::policy::Tables;
 
 use crate::compile::{Compiled, PortPrefix, Table};
 use crate::exempt::Service;
 use crate::resolve::Membership;
 
-/// A copy of what the rule maps hold. The applier replaces it whole, after the kernel has the same.
+/// A copy of what the rule maps hold. A [`crate::apply::Snapshot`] has the one of the moment in which it was made.
 #[derive(Clone, Debug, Default)]
 pub struct InMemory {
     /// Settings.
@@ -29,15 +29,6 @@ pub struct InMemory {
 }
 
 impl InMemory {
-    /// What the policy bound at `binding` says of a packet between the interface and `query`'s peer.
-    pub fn look_up(&self, binding: u32, vpc: u32, direction: Direction, query: &Query) -> Match {
-        let table = abi::table(self.binding(binding).policy, direction);
-        match self.policy(table) {
-            Some(policy) => find(self, table, &policy, vpc, query),
-            None => Match::None,
-        }
-    }
-
     fn table(&self, table: u32) -> Option<&Table> {
         let direction = if table & 1 == 0 { Direction::Ingress } else { Direction::Egress };
         Some(self.policies.get(&(table >> 1))?.table(direction))
@@ -116,6 +107,7 @@ impl Tables for InMemory {
     }
 
     fn is_secondary(&self, _eni: u32, _address: &Address) -> bool {
+        // Own addresses are the guard's, which nobody runs over these tables; to own too little is the closed side.
         false
     }
 

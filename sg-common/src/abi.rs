@@ -158,6 +158,7 @@ pub struct Cidr4Key {
     /// The peer's address.
     pub address: [u8; 4],
 }
+const _: () = assert!(size_of::<Cidr4Key>() == 8);
 
 /// Key data of `CIDRS6`.
 #[repr(C)]
@@ -168,6 +169,7 @@ pub struct Cidr6Key {
     /// The peer's address.
     pub address: [u8; 16],
 }
+const _: () = assert!(size_of::<Cidr6Key>() == 20);
 
 /// Key data of `PORTS`: table, then protocol, then port, in network order.
 #[repr(C)]
@@ -180,6 +182,7 @@ pub struct PortKey {
     /// The destination port, or an ICMP message's type and code; big-endian.
     pub port: [u8; 2],
 }
+const _: () = assert!(size_of::<PortKey>() == 8);
 
 /// One direction of one policy, as the keys of its look-ups carry it.
 #[inline(always)]
@@ -196,6 +199,7 @@ pub struct ReferenceKey {
     /// The agent's number of the referenced group.
     pub group: u32,
 }
+const _: () = assert!(size_of::<ReferenceKey>() == 8);
 
 /// Key of the map `MEMBERS`.
 #[repr(C)]
@@ -206,9 +210,10 @@ pub struct MemberKey {
     /// A private address of a group's member.
     pub address: Address,
 }
+const _: () = assert!(size_of::<MemberKey>() == 20);
 
-/// The groups that an address is in, as far as any rule refers to them, and its subnet if that has an ACL. One write changes a membership for every
-/// policy at once.
+/// The groups that an address is in, as far as any rule refers to them, and its subnet if that has an ACL. One write
+/// changes a membership for every policy at once.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Member {
@@ -219,6 +224,7 @@ pub struct Member {
     /// The agent's numbers of the groups.
     pub groups: [u32; GROUPS_PER_MEMBER],
 }
+const _: () = assert!(size_of::<Member>() == 8 + 4 * GROUPS_PER_MEMBER);
 
 /// Key of the map `SECONDARIES`: an interface's own address that is not a primary one. Its value is 1.
 #[repr(C)]
@@ -229,6 +235,7 @@ pub struct OwnKey {
     /// The address.
     pub address: Address,
 }
+const _: () = assert!(size_of::<OwnKey>() == 20);
 
 /// Key of the map `EXEMPT`: a service that groups and ACLs do not filter (SG-4.1). Its value is 1.
 #[repr(C)]
@@ -245,6 +252,7 @@ pub struct ExemptKey {
     /// Zero.
     pub pad: u8,
 }
+const _: () = assert!(size_of::<ExemptKey>() == 24);
 
 /// Key of the map `FLOWS`: one flow of one interface, the same for both directions.
 #[repr(C)]
@@ -366,6 +374,7 @@ pub struct ReasonKey {
     /// Zero.
     pub pad: u16,
 }
+const _: () = assert!(size_of::<ReasonKey>() == 8);
 
 /// Packets and their bytes (of the whole frame).
 #[repr(C)]
@@ -376,6 +385,7 @@ pub struct Count {
     /// Bytes.
     pub bytes: u64,
 }
+const _: () = assert!(size_of::<Count>() == 16);
 
 #[cfg(feature = "user")]
 mod user {

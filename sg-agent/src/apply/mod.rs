@@ -4,16 +4,19 @@
 //! written beside the old ones, and only then do the words flip that put them in force. A change that doesn't fit is
 //! refused whole, and what stood before goes on standing.
 
+mod interfaces;
+mod links;
+mod members;
 mod policies;
 mod space;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use sg_common::abi::{self, Binding, Config, ExemptKey, MemberKey, NOWHERE, OwnKey, SOURCE_DEST_CHECK};
-use sg_common::addr::Address;
+use sg_common::abi::{self, Binding, Config, ExemptKey, MemberKey};
 
+use members::Members;
 pub use policies::Usage;
 use policies::{Store, Written};
 use space::Numbers;
@@ -23,7 +26,7 @@ use crate::datapath::{Datapath, DatapathError, Hook, Maps, absent_is_fine};
 use crate::exempt::Service;
 use crate::model::Warning;
 use crate::resolve::{Desired, Interface, PolicyKey, Spec};
-use crate::tables::{self, InMemory};
+use crate::tables::InMemory;
 
 /// Why a change was refused.
 #[derive(Debug, thiserror::Error)]
@@ -108,11 +111,17 @@ pub struct Applier {
     /// Numbers of interfaces that are gone; their flows go before another gets them.
     departed: Vec<u32>,
     hooks: BTreeMap<u32, Hook>,
+    /// What the rule maps hold, followed write by write: after an error in the middle of a change, too, the next one
+    /// starts from what is there.
+    tables: InMemory,
+    /// What `INTERFACES` holds, the same way.
+    entries: BTreeMap<u32, abi::Interface>,
+    /// What `SECONDARIES` holds.
     secondaries: BTreeSet<(u32, IpAddr)>,
     retired: Vec<Written>,
     epoch: u32,
     snapshot: Arc<Snapshot>,
-    /// What was last brought about.
+    /// What was last brought about; none while a change is under way, or after one that failed.
     last: Option<Desired>,
     started: bool,
 }
@@ -141,6 +150,8 @@ impl Applier {
             enis,
             departed: Vec::new(),
             hooks: BTreeMap::new(),
+            tables: InMemory::default(),
+            entries: BTreeMap::new(),
             secondaries: BTreeSet::new(),
             retired: Vec::new(),
             epoch,
@@ -191,59 +202,66 @@ impl Applier {
     }
 
     fn commit(&mut self, desired: &Desired, complete: bool) -> Result<Arc<Snapshot>, ApplyError> {
-        let members = members(desired)?;
-        check_counts(desired, &members)?;
-        let staged = self.stage(desired)?;
+        // New links first, also where the change is going to be refused: until their entry is written, the programs on
+        // them drop everything.
         let mut warnings = desired.warnings.clone();
-
-        // New links first: until their entry is written, the programs on them drop everything.
         let (fresh, adopted): (Vec<_>, Vec<_>) =
             self.unhooked(desired).partition(|&(ifindex, _)| !self.is_adopted(ifindex));
         self.hook(&fresh, &mut warnings);
+        let members = members::of(desired)?;
+        check_counts(desired, &members)?;
+        let staged = self.stage(desired)?;
+        self.last = None;
 
-        if loses_members(&self.snapshot.tables.members, &members)
-            && let Err(error) = self.end_births()
-        {
-            self.unstage(&staged);
-            return Err(error);
-        }
-        let mut tables = self.snapshot.tables.clone();
         // Who leaves a group is out before rules change, who joins is in after: in between, nobody is allowed what
         // neither the old state nor the new one allows.
-        let staying = common(&tables.members, &members);
-        let written = self.write_members(&staying, &mut tables).and_then(|()| self.write_exempt(desired, &mut tables));
-        if let Err(error) = written {
+        if let Err(error) = self.withdraw(desired, &members) {
             self.unstage(&staged);
             return Err(error);
         }
-        self.bind(desired, staged, &mut tables)?;
-        self.write_members(&members, &mut tables)?;
-        let mut interfaces = self.write_interfaces(desired)?;
-        self.unbind(desired, &mut tables);
+        self.bind(staged);
+        self.write_members(&members)?;
+        self.write_interfaces(desired)?;
+        self.unbind(desired);
 
         // Links that an earlier agent enforces change over when everything is in place.
         self.hook(&adopted, &mut warnings);
         self.unhook(desired, &mut warnings);
-        for (ifindex, interface) in &mut interfaces {
-            interface.attached = self.hooks.contains_key(ifindex);
-        }
         if complete && !self.started {
             self.unhook_earlier(desired, &mut warnings);
-            self.depart_earlier(&interfaces);
+            self.depart_earlier();
             self.datapath.keep_numbers(&self.maps)?;
             self.started = true;
         }
-        tables.config = self.config;
         self.last = Some(desired.clone());
         self.snapshot = Arc::new(Snapshot {
             generation: self.snapshot.generation + 1,
-            interfaces,
+            interfaces: self.enforced(desired),
             policies: desired.policies.clone(),
-            tables,
+            tables: InMemory { config: self.config, ..self.tables.clone() },
             warnings,
             usage: self.store.usage(),
         });
         Ok(self.snapshot())
+    }
+
+    /// Takes away the memberships and services that the new state doesn't have.
+    fn withdraw(&mut self, desired: &Desired, members: &Members) -> Result<(), ApplyError> {
+        if members::are_lost(&self.tables.members, members) {
+            self.end_births()?;
+        }
+        let staying = members::common(&self.tables.members, members);
+        self.write_members(&staying)?;
+        self.write_exempt(desired)
+    }
+
+    /// The desired interfaces as they are enforced now.
+    fn enforced(&self, desired: &Desired) -> BTreeMap<u32, Enforced> {
+        let enforced = desired.interfaces.iter().filter_map(|(ifindex, interface)| {
+            let (interface, entry) = (interface.clone(), *self.entries.get(ifindex)?);
+            Some((*ifindex, Enforced { interface, entry, attached: self.hooks.contains_key(ifindex) }))
+        });
+        enforced.collect()
     }
 
     /// Removes what no program can be reading any more: old policies, and the flows of interfaces that are gone.
@@ -292,9 +310,11 @@ impl Applier {
             .iter()
             .filter(|(key, spec)| self.bound.get(key).is_none_or(|bound| bound.spec != **spec))
             .collect();
+        let missing = changed.iter().filter(|(key, _)| !self.bound.contains_key(key)).count();
+        check("group sets and network ACLs, those being replaced included", self.bound.len() + missing, MOST_BOUND)?;
         let mut compiled = Vec::new();
         for (key, spec) in changed {
-            let policy = compile(spec).map_err(|error| ApplyError::Compile { policy: format!("{key:?}"), error })?;
+            let policy = compile(spec).map_err(|error| ApplyError::Compile { policy: key.to_string(), error })?;
             compiled.push((key, spec, Arc::new(policy)));
         }
         let total =
@@ -324,85 +344,60 @@ impl Applier {
     }
 
     /// Puts staged policies in force, one word each.
-    fn bind(
-        &mut self,
-        desired: &Desired,
-        staged: Vec<(PolicyKey, Arc<Spec>, Written)>,
-        tables: &mut InMemory,
-    ) -> Result<(), ApplyError> {
-        let missing = staged.iter().filter(|(key, ..)| !self.bound.contains_key(key)).count();
-        if missing + self.bound.len() >= abi::MAX_BINDINGS as usize {
-            self.unstage(&staged);
-            let needed = desired.policies.len() as u32;
-            return Err(ApplyError::Capacity { what: "group sets", needed, capacity: abi::MAX_BINDINGS - 1 });
-        }
+    fn bind(&mut self, staged: Vec<(PolicyKey, Arc<Spec>, Written)>) {
         for (key, spec, written) in staged {
             self.epoch = self.epoch.wrapping_add(1);
             let binding = Binding { policy: written.number, epoch: self.epoch };
             let slot = match self.bound.get(&key) {
                 Some(bound) => bound.slot,
-                None => self.slots.take().expect("as many slots as were just counted"),
+                None => self.slots.take().expect("as many slots as `stage` counted"),
             };
             self.maps.bindings.store(slot, u64::from(binding.policy) | u64::from(binding.epoch) << 32);
-            tables.bindings.insert(slot, binding);
-            tables.policies.insert(written.number, Arc::clone(&written.compiled));
+            self.tables.bindings.insert(slot, binding);
+            self.tables.policies.insert(written.number, Arc::clone(&written.compiled));
             if let Some(old) = self.bound.insert(key, Bound { slot, spec, written }) {
-                tables.policies.remove(&old.written.number);
+                self.tables.policies.remove(&old.written.number);
                 self.retired.push(old.written);
             }
         }
-        Ok(())
     }
 
     /// Retires policies that no interface has any more.
-    fn unbind(&mut self, desired: &Desired, tables: &mut InMemory) {
+    fn unbind(&mut self, desired: &Desired) {
         let gone: Vec<PolicyKey> =
             self.bound.keys().filter(|key| !desired.policies.contains_key(key)).cloned().collect();
         for key in gone {
             let Some(bound) = self.bound.remove(&key) else { continue };
             self.maps.bindings.store(bound.slot, 0);
-            tables.bindings.remove(&bound.slot);
-            tables.policies.remove(&bound.written.number);
+            self.tables.bindings.remove(&bound.slot);
+            self.tables.policies.remove(&bound.written.number);
             self.slots.give(bound.slot);
             self.retired.push(bound.written);
         }
     }
 
-    fn write_members(
-        &mut self,
-        members: &BTreeMap<(u32, IpAddr), abi::Member>,
-        tables: &mut InMemory,
-    ) -> Result<(), ApplyError> {
-        let key = |&(vpc, address): &(u32, IpAddr)| MemberKey { vpc, address: address.into() };
-        let failed = |error| DatapathError::Write { map: "MEMBERS", error };
-        let mut changed = false;
-        for (place, member) in members {
-            if tables.members.get(place) != Some(member) {
-                self.maps.members.insert(key(place), member, 0).map_err(failed)?;
-                changed = true;
-            }
-        }
-        for place in tables.members.keys().filter(|place| !members.contains_key(place)) {
-            absent_is_fine(self.maps.members.remove(&key(place))).map_err(failed)?;
-            changed = true;
-        }
-        tables.members.clone_from(members);
+    fn write_members(&mut self, members: &Members) -> Result<(), ApplyError> {
+        let changed = self.tables.members != *members;
+        let written = self.replace_members(members);
+        // Those that were written before an error count as well.
         if changed {
             self.announce()?;
         }
-        Ok(())
+        written
     }
 
-    /// From here on a flow in the middle may be one that leaving a group revoked, so none is picked up
-    /// ([`abi::Interface::born`]). Before the members change, or one could slip in between.
-    fn end_births(&mut self) -> Result<(), ApplyError> {
-        let snapshot = Arc::make_mut(&mut self.snapshot);
-        for (ifindex, interface) in &mut snapshot.interfaces {
-            if interface.entry.born != 0 {
-                let entry = abi::Interface { born: 0, ..interface.entry };
-                let failed = |error| DatapathError::Write { map: "INTERFACES", error };
-                self.maps.interfaces.insert(ifindex, entry, 0).map_err(failed)?;
-                interface.entry = entry;
+    fn replace_members(&mut self, members: &Members) -> Result<(), ApplyError> {
+        let key = |&(vpc, address): &(u32, IpAddr)| MemberKey { vpc, address: address.into() };
+        let failed = |error| DatapathError::Write { map: "MEMBERS", error };
+        let gone: Vec<_> = self.tables.members.keys().filter(|place| !members.contains_key(place)).copied().collect();
+        for place in gone {
+            absent_is_fine(self.maps.members.remove(&key(&place))).map_err(failed)?;
+            self.tables.members.remove(&place);
+        }
+        for (place, member) in members {
+            if self.tables.members.get(place) != Some(member) {
+                self.maps.members.insert(key(place), member, 0).map_err(failed)?;
+                self.tables.members.insert(*place, *member);
             }
         }
         Ok(())
@@ -413,7 +408,7 @@ impl Applier {
         self.set_config(|config| config.world = config.world.wrapping_add(1))
     }
 
-    fn write_exempt(&mut self, desired: &Desired, tables: &mut InMemory) -> Result<(), ApplyError> {
+    fn write_exempt(&mut self, desired: &Desired) -> Result<(), ApplyError> {
         let key = |(vpc, service): &(u32, Service)| ExemptKey {
             vpc: *vpc,
             address: service.address.into(),
@@ -422,231 +417,35 @@ impl Applier {
             pad: 0,
         };
         let failed = |error| DatapathError::Write { map: "EXEMPT", error };
-        for place in desired.exempt.difference(&tables.exempt) {
-            self.maps.exempt.insert(key(place), 1, 0).map_err(failed)?;
+        let gone: Vec<_> = self.tables.exempt.difference(&desired.exempt).cloned().collect();
+        for place in gone {
+            absent_is_fine(self.maps.exempt.remove(&key(&place))).map_err(failed)?;
+            self.tables.exempt.remove(&place);
         }
-        for place in tables.exempt.difference(&desired.exempt) {
-            absent_is_fine(self.maps.exempt.remove(&key(place))).map_err(failed)?;
+        let new: Vec<_> = desired.exempt.difference(&self.tables.exempt).cloned().collect();
+        for place in new {
+            self.maps.exempt.insert(key(&place), 1, 0).map_err(failed)?;
+            self.tables.exempt.insert(place);
         }
-        tables.exempt.clone_from(&desired.exempt);
         Ok(())
     }
-
-    /// Writes every interface's own addresses, then its entry, and removes those that are gone.
-    fn write_interfaces(&mut self, desired: &Desired) -> Result<BTreeMap<u32, Enforced>, ApplyError> {
-        let mut enforced = BTreeMap::new();
-        let mut secondaries = BTreeSet::new();
-        for (&ifindex, interface) in &desired.interfaces {
-            let entry = self.entry(ifindex, interface)?;
-            let primary = [entry.ipv4, entry.ipv6];
-            secondaries.extend(
-                interface
-                    .addresses
-                    .iter()
-                    .filter(|&&address| !primary.contains(&address.into()))
-                    .map(|&address| (entry.eni, address)),
-            );
-            enforced.insert(ifindex, Enforced { interface: interface.clone(), entry, attached: false });
-        }
-        let key = |&(eni, address): &(u32, IpAddr)| OwnKey { eni, address: address.into() };
-        let failed = |error| DatapathError::Write { map: "SECONDARIES", error };
-        for own in secondaries.difference(&self.secondaries) {
-            self.maps.secondaries.insert(key(own), 1, 0).map_err(failed)?;
-        }
-        for (ifindex, interface) in &enforced {
-            if self.snapshot.interfaces.get(ifindex).is_none_or(|old| old.entry != interface.entry) {
-                let failed = |error| DatapathError::Write { map: "INTERFACES", error };
-                self.maps.interfaces.insert(ifindex, interface.entry, 0).map_err(failed)?;
-            }
-        }
-        for (ifindex, old) in &self.snapshot.interfaces {
-            if enforced.get(ifindex).is_none_or(|new| new.entry.eni != old.entry.eni) {
-                if !enforced.contains_key(ifindex) {
-                    let failed = |error| DatapathError::Write { map: "INTERFACES", error };
-                    absent_is_fine(self.maps.interfaces.remove(ifindex)).map_err(failed)?;
-                }
-                self.departed.push(old.entry.eni);
-            }
-        }
-        for own in self.secondaries.difference(&secondaries) {
-            absent_is_fine(self.maps.secondaries.remove(&key(own))).map_err(failed)?;
-        }
-        if self.secondaries != secondaries {
-            self.secondaries = secondaries;
-            self.announce()?;
-        }
-        Ok(enforced)
-    }
-
-    /// An interface's entry. Its number stays the same as long as link and MAC address do.
-    fn entry(&mut self, ifindex: u32, interface: &Interface) -> Result<abi::Interface, ApplyError> {
-        let slot = |key: &PolicyKey| self.bound.get(key).map_or(0, |bound| bound.slot);
-        let groups = slot(&interface.policy);
-        let acl = interface.acl.as_ref().map_or(0, slot);
-        let known = self.snapshot.interfaces.get(&ifindex).map(|known| known.entry);
-        let earlier = self.datapath.earlier().and_then(|earlier| earlier.interfaces.get(&ifindex).copied());
-        let (eni, born) = match known.or(earlier.filter(|_| !self.started)) {
-            Some(entry) if entry.mac == interface.mac => {
-                // Flows that an earlier agent tracked had policies that this one can't know, and a swap of groups may
-                // lead back to the same policy: nothing is picked up.
-                let is_same = known.is_some() && entry.groups == groups;
-                (entry.eni, if is_same { entry.born } else { 0 })
-            }
-            _ => {
-                let number = self.enis.take();
-                let capacity = abi::MAX_INTERFACES;
-                let eni = number.ok_or(ApplyError::Capacity { what: "interfaces", needed: capacity + 1, capacity })?;
-                let epoch = (self.maps.bindings.load(groups) >> 32) as u32;
-                (eni, epoch)
-            }
-        };
-        let first = |is_v4: bool| {
-            let own = interface.addresses.iter().find(|address| address.is_ipv4() == is_v4 && !is_link_local(address));
-            own.map_or(Address::UNSPECIFIED, |&address| address.into())
-        };
-        let subnet = |is_v4: bool| {
-            let subnet = interface.subnet.iter().find(|network| network.network().is_ipv4() == is_v4);
-            subnet.map_or((NOWHERE, NOWHERE), |network| {
-                let length = network.prefix_len() + if is_v4 { 96 } else { 0 };
-                (network.network().into(), Address::mask(length))
-            })
-        };
-        let ((subnet4, mask4), (subnet6, mask6)) = (subnet(true), subnet(false));
-        Ok(abi::Interface {
-            eni,
-            groups,
-            acl,
-            vpc: interface.vpc,
-            flags: if interface.source_dest_check { SOURCE_DEST_CHECK } else { 0 },
-            born,
-            ipv4: first(true),
-            ipv6: first(false),
-            subnet4,
-            mask4,
-            subnet6,
-            mask6,
-            subnet: interface.subnet_number.unwrap_or(0),
-            mac: interface.mac,
-            pad: [0; 2],
-        })
-    }
-
-    fn is_adopted(&self, ifindex: u32) -> bool {
-        self.datapath.pins().is_some_and(|pins| pins.has_link(ifindex))
-    }
-
-    /// Interfaces that are to be enforced and have no program of ours yet.
-    fn unhooked<'a>(&'a self, desired: &'a Desired) -> impl Iterator<Item = (u32, String)> + 'a {
-        desired
-            .interfaces
-            .iter()
-            .filter(|(ifindex, _)| !self.hooks.contains_key(ifindex))
-            .map(|(&ifindex, interface)| (ifindex, interface.link.clone()))
-    }
-
-    fn hook(&mut self, links: &[(u32, String)], warnings: &mut BTreeSet<Warning>) {
-        for (ifindex, name) in links {
-            match self.datapath.attach(*ifindex, name) {
-                Ok(hook) => {
-                    self.hooks.insert(*ifindex, hook);
-                }
-                Err(error) => {
-                    let problem = format!("is NOT enforced: {error}");
-                    warnings.insert(Warning { subject: name.clone(), problem });
-                }
-            }
-        }
-    }
-
-    /// Takes programs off links that are no instance's any more.
-    fn unhook(&mut self, desired: &Desired, warnings: &mut BTreeSet<Warning>) {
-        let gone: Vec<u32> =
-            self.hooks.keys().filter(|ifindex| !desired.interfaces.contains_key(ifindex)).copied().collect();
-        for ifindex in gone {
-            if let Some(hook) = self.hooks.remove(&ifindex)
-                && let Err(error) = hook.detach()
-            {
-                warnings.insert(cannot_detach(ifindex, &error));
-            }
-        }
-    }
-
-    /// Gives up the numbers of an earlier agent's interfaces that are no more.
-    fn depart_earlier(&mut self, interfaces: &BTreeMap<u32, Enforced>) {
-        let kept: BTreeSet<u32> = interfaces.values().map(|enforced| enforced.entry.eni).collect();
-        let earlier = self.datapath.earlier().into_iter().flat_map(|earlier| earlier.interfaces.values());
-        let gone: Vec<u32> = earlier.map(|interface| interface.eni).filter(|eni| !kept.contains(eni)).collect();
-        self.departed.extend(gone);
-    }
-
-    /// The same for what an earlier agent left.
-    fn unhook_earlier(&self, desired: &Desired, warnings: &mut BTreeSet<Warning>) {
-        let Some(pins) = self.datapath.pins() else { return };
-        let left = pins.attached().unwrap_or_default();
-        for ifindex in left.into_iter().filter(|ifindex| !desired.interfaces.contains_key(ifindex)) {
-            if let Err(error) = pins.remove_link(ifindex) {
-                warnings.insert(cannot_detach(ifindex, &error));
-            }
-        }
-    }
 }
 
-fn cannot_detach(ifindex: u32, error: &std::io::Error) -> Warning {
-    Warning { subject: format!("link {ifindex}"), problem: format!("cannot take the programs off: {error}") }
+/// Slots for policies in force: slot 0 is nobody's.
+const MOST_BOUND: u32 = abi::MAX_BINDINGS - 1;
+
+fn check_counts(desired: &Desired, members: &Members) -> Result<(), ApplyError> {
+    let addresses = desired.interfaces.values().map(|interface| interface.addresses.len()).sum();
+    check("interfaces", desired.interfaces.len(), abi::MAX_INTERFACES)?;
+    check("members' addresses", members.len(), abi::MAX_MEMBERS)?;
+    check("own addresses", addresses, abi::MAX_SECONDARIES)?;
+    check("exempt services", desired.exempt.len(), abi::MAX_EXEMPT)?;
+    check("group sets and network ACLs", desired.policies.len(), MOST_BOUND)
 }
 
-fn is_link_local(address: &IpAddr) -> bool {
-    matches!(address, IpAddr::V6(address) if address.is_unicast_link_local())
-}
-
-fn members(desired: &Desired) -> Result<BTreeMap<(u32, IpAddr), abi::Member>, ApplyError> {
-    let mut members = BTreeMap::new();
-    for (&(vpc, address), membership) in &desired.members {
-        let member = tables::member(membership).map_err(|groups| ApplyError::Member { address, groups })?;
-        members.insert((vpc, address), member);
-    }
-    Ok(members)
-}
-
-/// Those memberships of which the old state and the new one agree.
-fn common(
-    old: &BTreeMap<(u32, IpAddr), abi::Member>,
-    new: &BTreeMap<(u32, IpAddr), abi::Member>,
-) -> BTreeMap<(u32, IpAddr), abi::Member> {
-    let both = |old: &abi::Member, new: &abi::Member| {
-        let mut member =
-            abi::Member { subnet: if old.subnet == new.subnet { old.subnet } else { 0 }, ..Default::default() };
-        let of = |member: &abi::Member| member.groups.into_iter().take(member.count as usize).collect::<BTreeSet<_>>();
-        for group in of(old).intersection(&of(new)) {
-            member.groups[member.count as usize] = *group;
-            member.count += 1;
-        }
-        member
-    };
-    old.iter().filter_map(|(place, old)| Some((*place, both(old, new.get(place)?)))).collect()
-}
-
-/// Whether an address is in fewer groups than before.
-fn loses_members(old: &BTreeMap<(u32, IpAddr), abi::Member>, new: &BTreeMap<(u32, IpAddr), abi::Member>) -> bool {
-    let groups = |member: &abi::Member| member.groups.into_iter().take(member.count as usize).collect::<BTreeSet<_>>();
-    old.iter().any(|(place, old)| new.get(place).is_none_or(|new| new != old && !groups(old).is_subset(&groups(new))))
-}
-
-fn check_counts(desired: &Desired, members: &BTreeMap<(u32, IpAddr), abi::Member>) -> Result<(), ApplyError> {
-    let secondaries: usize = desired.interfaces.values().map(|interface| interface.addresses.len()).sum();
-    let counts: HashMap<&'static str, (usize, u32)> = HashMap::from([
-        ("interfaces", (desired.interfaces.len(), abi::MAX_INTERFACES)),
-        ("members' addresses", (members.len(), abi::MAX_MEMBERS)),
-        ("own addresses", (secondaries, abi::MAX_SECONDARIES)),
-        ("exempt services", (desired.exempt.len(), abi::MAX_EXEMPT)),
-        ("group sets and network ACLs", (desired.policies.len(), abi::MAX_BINDINGS - 1)),
-    ]);
-    for (what, (needed, capacity)) in counts {
-        if needed > capacity as usize {
-            return Err(ApplyError::Capacity { what, needed: needed as u32, capacity });
-        }
-    }
-    Ok(())
+fn check(what: &'static str, needed: usize, capacity: u32) -> Result<(), ApplyError> {
+    let needed = u32::try_from(needed).unwrap_or(u32::MAX);
+    if needed > capacity { Err(ApplyError::Capacity { what, needed, capacity }) } else { Ok(()) }
 }
 
 /// Returns when every program that was running has ended: programs run under RCU, and this system call waits for all

@@ -6,9 +6,10 @@
 mod control;
 mod lock;
 mod poll;
+mod pollers;
 mod state;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 pub use self::control::{NotRunning, Reply, Request, ask};
 pub use self::lock::{LockError, take as lock};
 use self::poll::{Polled, Poller};
+use self::pollers::Pollers;
 use self::state::Desk;
 use crate::apply::{Applier, Snapshot};
 use crate::datapath::{Datapath, Pins};
@@ -94,6 +96,12 @@ enum Event {
 /// How long connections through the proxy may go on after the agent was told to end.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// The longest that anybody may wait for what is desired.
+const LONGEST_WAIT: Duration = Duration::from_secs(86_400);
+
+/// How long to wait before links are listened to again, when that failed.
+const DEAF: Duration = Duration::from_secs(2);
+
 /// How often expired flows are taken out of the table. They count for nothing before that, but take up room.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -143,6 +151,7 @@ pub async fn run(options: Options) -> Result<()> {
         apply_error: None,
         refused: 0,
         flows: 0,
+        poller_warnings: Vec::new(),
         proxy_warnings: Vec::new(),
         told: BTreeSet::new(),
     };
@@ -168,7 +177,10 @@ pub async fn run(options: Options) -> Result<()> {
     daemon.proxy.shutdown(GRACE).await;
     if options.detach_on_exit {
         let report = Pins::new(&options.places.bpffs).remove_all();
-        tracing::info!(links = report.links, "enforcement is off (--detach-on-exit)");
+        for error in &report.errors {
+            tracing::error!("{error}; 'sg-agent detach' tries again");
+        }
+        tracing::info!(links = report.links, "enforcement ends (--detach-on-exit)");
     } else {
         tracing::info!("enforcement stays on without the agent; 'sg-agent detach' ends it");
     }
@@ -193,98 +205,30 @@ fn proxy_mark() -> u32 {
     if random == 0 { 1 } else { random }
 }
 
-/// Tells the daemon when links and containers change, as long as that can be heard.
+/// Tells the daemon when links and containers change. Where that can't be heard, it looks by itself now and then.
 fn watch_links(options: &discovery::Options, events: mpsc::Sender<Event>, shutdown: CancellationToken) {
     let options = options.clone();
-    tokio::spawn(async move {
-        let (tell, mut told) = mpsc::channel(1);
-        let forward = async {
-            while told.recv().await.is_some() {
-                if events.send(Event::Look).await.is_err() {
-                    break;
+    let watch = async move {
+        loop {
+            let (tell, mut told) = mpsc::channel(1);
+            let forward = async {
+                while told.recv().await.is_some() {
+                    if events.send(Event::Look).await.is_err() {
+                        break;
+                    }
                 }
+            };
+            let (result, ()) = tokio::join!(discovery::watch(&options, tell), forward);
+            if let Err(error) = result {
+                tracing::warn!(%error, "changes of links are not heard at once; listening again in {DEAF:?}");
             }
-        };
-        tokio::select! {
-            result = discovery::watch(&options, tell) => {
-                if let Err(error) = result {
-                    tracing::error!(%error, "changes of links are not heard any more; restart the agent");
-                }
-            }
-            () = forward => {}
-            () = shutdown.cancelled() => {}
-        }
-    });
-}
-
-/// One poller for each account and region that something here is in.
-struct Pollers {
-    origins: Origins,
-    interval: Duration,
-    events: mpsc::Sender<Event>,
-    running: BTreeMap<Hint, Poller>,
-}
-
-/// What an attachment says of its account and region; `None` is the agent's own.
-type Hint = (Option<Arc<str>>, Option<Arc<str>>);
-
-impl Pollers {
-    fn new(options: &Options, events: mpsc::Sender<Event>) -> Result<Self> {
-        let mut pollers = Self {
-            origins: options.origins.clone(),
-            interval: options.poll_interval,
-            events,
-            running: BTreeMap::new(),
-        };
-        pollers.start((None, None))?;
-        Ok(pollers)
-    }
-
-    fn start(&mut self, hint: Hint) -> Result<()> {
-        let poller = match &self.origins {
-            Origins::File(path) => Poller::of_file(path.clone(), hint.clone(), self.events.clone()),
-            Origins::Endpoint(options) => {
-                let own = |hint: &Option<Arc<str>>, option: &Option<String>| {
-                    hint.as_ref().map(ToString::to_string).or_else(|| option.clone())
-                };
-                let options = Ec2Options {
-                    account: own(&hint.0, &options.account),
-                    region: own(&hint.1, &options.region),
-                    ..options.clone()
-                };
-                Poller::of_endpoint(&options, hint.clone(), self.interval, self.events.clone())?
-            }
-        };
-        self.running.insert(hint, poller);
-        Ok(())
-    }
-
-    /// Asks each scope for exactly the instances that are attached here.
-    fn want(&mut self, attachments: &[Attachment], warnings: &mut Vec<Warning>) {
-        let mut wanted: BTreeMap<Hint, BTreeSet<InstanceId>> = BTreeMap::from([((None, None), BTreeSet::new())]);
-        for attachment in attachments {
-            let hint = (attachment.account.clone(), attachment.region.clone());
-            wanted.entry(hint).or_default().insert(attachment.instance.clone());
-        }
-        self.running.retain(|hint, _| wanted.contains_key(hint));
-        for (hint, instances) in wanted {
-            if !self.running.contains_key(&hint)
-                && let Err(error) = self.start(hint.clone())
-            {
-                let subject = format!("account {:?}, region {:?}", hint.0, hint.1);
-                warnings.push(Warning { subject, problem: format!("cannot be polled: {error}") });
-                continue;
-            }
-            if let Some(poller) = self.running.get(&hint) {
-                poller.want(instances);
+            tokio::time::sleep(DEAF).await;
+            if events.send(Event::Look).await.is_err() {
+                return;
             }
         }
-    }
-
-    /// The scope of what doesn't name its own.
-    fn own_scope(&self) -> Scope {
-        self.running[&(None, None)].scope()
-    }
+    };
+    tokio::spawn(shutdown.run_until_cancelled_owned(watch));
 }
 
 /// Everything that the agent knows.
@@ -306,6 +250,7 @@ struct Daemon {
     refused: u64,
     /// Flows that lived at the last sweep.
     flows: u32,
+    poller_warnings: Vec<Warning>,
     proxy_warnings: Vec<Warning>,
     /// Warnings that are in the log already.
     told: BTreeSet<Warning>,
@@ -330,7 +275,8 @@ impl Daemon {
             }
             Event::Asked(Request::Sync { seconds }, reply) => {
                 let asked = Instant::now();
-                self.desk.wait(asked, Duration::from_secs_f64(seconds), reply);
+                let patience = Duration::try_from_secs_f64(seconds).unwrap_or_default().min(LONGEST_WAIT);
+                self.desk.wait(asked, patience, reply);
                 self.look().await;
                 self.reconcile().await;
                 for poller in self.pollers.running.values() {
@@ -372,9 +318,14 @@ impl Daemon {
             }
         }
         self.looked = Some(began);
+        self.want();
+    }
+
+    /// Asks the sources for what is attached.
+    fn want(&mut self) {
         let mut warnings = Vec::new();
         self.pollers.want(&self.discovered.attachments, &mut warnings);
-        self.discovered.warnings.extend(warnings);
+        self.poller_warnings = warnings;
     }
 
     /// Takes a source's answer in. One that failed changes nothing.
@@ -383,6 +334,7 @@ impl Daemon {
         if let Some((scope, inventory)) = poller.note(polled) {
             self.world.insert(scope, inventory);
         }
+        self.want();
         let live: BTreeSet<Scope> = self.pollers.running.values().map(Poller::scope).collect();
         self.world.retain(|scope, _| live.contains(scope));
     }
@@ -486,7 +438,7 @@ impl Daemon {
         let mut warnings = snapshot.warnings.clone();
         // An instance that no poll has asked for yet isn't unknown, only new.
         warnings.retain(|warning| !self.is_new(&warning.subject));
-        warnings.extend(self.discovered.warnings.iter().cloned());
+        warnings.extend(self.discovered.warnings.iter().chain(&self.poller_warnings).cloned());
         warnings.extend(self.proxy_warnings.iter().cloned());
         warnings
     }

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::{Event, Hint};
+use super::Event;
+use super::pollers::Hint;
 use crate::model::{InstanceId, Inventory, Scope};
 use crate::source::{Ec2, Ec2Options, RulesFile, SourceError, Wanted};
 use crate::status::SourceStatus;
@@ -101,7 +102,8 @@ impl Poller {
                 // Before the read: a change in the middle of it is seen the next time.
                 let stamp = stamp(&path).await;
                 let asked_for = wishes.borrow_and_update().clone();
-                let result = RulesFile::load(&path).map(|inventory| (its_scope.clone(), inventory));
+                let loaded = tokio::task::block_in_place(|| RulesFile::load(&path));
+                let result = loaded.map(|inventory| (its_scope.clone(), inventory));
                 let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, result });
                 if events.send(Event::Polled(polled)).await.is_err() {
                     return;

@@ -33,8 +33,7 @@ impl Datapath {
     /// each is replaced atomically.
     ///
     /// # Errors
-    /// [`DatapathError::Attach`], naming the link. What was attached before the error is detached again, unless it
-    /// was there before.
+    /// [`DatapathError::Attach`], naming the link. What is pinned stays attached, for the next attempt to take over.
     pub fn attach(&mut self, ifindex: u32, name: &str) -> Result<Hook, DatapathError> {
         let mut links = Vec::new();
         for direction in [Direction::Ingress, Direction::Egress] {
@@ -69,11 +68,9 @@ impl Datapath {
                     let link = PinnedLink::from_pin(pin).map_err(|error| failed(error.into()))?;
                     return Ok(Attached::Pinned(link));
                 }
-                // ENOLINK: the link's interface is gone, and its index was given to another.
-                Err(error) => {
-                    tracing::debug!(link = name, %error, "a pinned link is severed; attaching anew");
-                    remove(pin).map_err(|error| failed(error.into()))?;
-                }
+                // ENOLINK: the link's interface is gone, and its index was given to another. Should it be anything
+                // else, the program behind the pin goes on until this one is attached.
+                Err(error) => tracing::debug!(link = name, %error, "a pinned link is severed; attaching anew"),
             }
         }
         let id = program
@@ -82,7 +79,10 @@ impl Datapath {
         let link = program.take_link(id).map_err(|error| failed(error.into()))?;
         let link: FdLink = link.try_into().map_err(|error: LinkError| failed(error.into()))?;
         match &pin {
-            Some(pin) => link.pin(pin).map(Attached::Pinned).map_err(|error| failed(error.into())),
+            Some(pin) => {
+                remove(pin).map_err(|error| failed(error.into()))?;
+                link.pin(pin).map(Attached::Pinned).map_err(|error| failed(error.into()))
+            }
             None => Ok(Attached::Held(link)),
         }
     }

@@ -5,12 +5,14 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net};
-use sg_agent::apply::{Applier, ApplyError};
+use sg_agent::apply::{Applier, ApplyError, Snapshot};
 use sg_agent::datapath::Datapath;
+use sg_agent::decide;
 use sg_agent::model::{GroupId, InstanceId, Peer, PrefixListId, RuleId, Scope, Traffic};
 use sg_agent::resolve::{Allowance, Desired, GroupSpec, Interface, Peers, PolicyKey, Spec};
 use sg_common::abi::{self, Config, Direction};
-use sg_common::policy::{Match, Query};
+use sg_common::packet::TCP;
+use sg_common::policy::Match;
 use tests::lab::scope;
 use tests::netns::isolated;
 
@@ -77,6 +79,12 @@ fn groups(ingress: Vec<Allowance>) -> Arc<Spec> {
     Arc::new(Spec::Groups(GroupSpec { ingress, egress: Vec::new() }))
 }
 
+/// What the first interface's policy says of TCP from the `n`th network.
+fn ask(snapshot: &Snapshot, n: u32, port: u16) -> Match {
+    let peer = network(n).addr();
+    decide::admits(snapshot, 1_000_000, Direction::Ingress, peer, TCP, port).matched
+}
+
 #[test]
 pub fn a_thousand_instances_and_a_hundred_thousand_prefixes_fit_and_more_are_refused_whole() {
     isolated(|| {
@@ -87,14 +95,8 @@ pub fn a_thousand_instances_and_a_hundred_thousand_prefixes_fit_and_more_are_ref
         let snapshot = applier.apply(&state, true).expect("the norm's limits fit");
         assert_eq!(snapshot.interfaces.len(), INSTANCES as usize);
         assert_eq!(snapshot.usage.prefixes4, PREFIXES);
-        let ask = |snapshot: &sg_agent::apply::Snapshot, n: u32, own: u32| {
-            let entry = snapshot.interfaces[&(1_000_000 + own)].entry;
-            let peer = network(n).addr().into();
-            let query = Query { peer: &peer, protocol: 6, port: 22 };
-            snapshot.tables.look_up(entry.groups, entry.vpc, Direction::Ingress, &query)
-        };
-        assert_eq!(ask(&snapshot, 0, 0), Match::Narrow);
-        assert_eq!(ask(&snapshot, ENTRIES, 0), Match::None);
+        assert_eq!(ask(&snapshot, 0, 22), Match::Narrow);
+        assert_eq!(ask(&snapshot, ENTRIES, 22), Match::None);
 
         // One more than the map holds, beside all that stands.
         let mut over = policies.clone();
@@ -115,7 +117,7 @@ pub fn a_thousand_instances_and_a_hundred_thousand_prefixes_fit_and_more_are_ref
         assert!(error.to_string().contains("refused whole, the old policy stands"), "{error}");
         let after = applier.snapshot();
         assert_eq!((after.generation, after.usage), (snapshot.generation, snapshot.usage), "nothing has changed");
-        assert_eq!(ask(&after, 0, 0), Match::Narrow);
+        assert_eq!(ask(&after, 0, 22), Match::Narrow);
         assert_eq!(applier.maps().cidrs4.keys().count(), PREFIXES as usize, "nothing was left behind");
     });
 }
@@ -126,13 +128,9 @@ pub fn a_thousand_rules_on_an_interface_all_count() {
         let mut applier = applier();
         let rules = (0..1_000).map(|n| rule(n as u16 + 1, n, 1)).collect();
         let snapshot = applier.apply(&desired(BTreeMap::from([(key(0), groups(rules))])), true).expect("they fit");
-        let entry = snapshot.interfaces[&1_000_000].entry;
         for n in 0..1_000 {
             for (port, expected) in [(n as u16 + 1, Match::Narrow), (n as u16 + 2, Match::None)] {
-                let peer = network(n).addr().into();
-                let query = Query { peer: &peer, protocol: 6, port };
-                let found = snapshot.tables.look_up(entry.groups, entry.vpc, Direction::Ingress, &query);
-                assert_eq!(found, expected, "rule {n}, port {port}");
+                assert_eq!(ask(&snapshot, n, port), expected, "rule {n}, port {port}");
             }
         }
     });

@@ -1,0 +1,65 @@
+//! Programs onto the links of interfaces, and off those of interfaces that are gone. What can't be attached to is a
+//! warning: the others are enforced all the same.
+
+use std::collections::BTreeSet;
+
+use super::Applier;
+use crate::model::Warning;
+use crate::resolve::Desired;
+
+impl Applier {
+    pub(super) fn is_adopted(&self, ifindex: u32) -> bool {
+        self.datapath.pins().is_some_and(|pins| pins.has_link(ifindex))
+    }
+
+    /// Interfaces that are to be enforced and have no program of ours yet.
+    pub(super) fn unhooked<'a>(&'a self, desired: &'a Desired) -> impl Iterator<Item = (u32, String)> + 'a {
+        desired
+            .interfaces
+            .iter()
+            .filter(|(ifindex, _)| !self.hooks.contains_key(ifindex))
+            .map(|(&ifindex, interface)| (ifindex, interface.link.clone()))
+    }
+
+    pub(super) fn hook(&mut self, links: &[(u32, String)], warnings: &mut BTreeSet<Warning>) {
+        for (ifindex, name) in links {
+            match self.datapath.attach(*ifindex, name) {
+                Ok(hook) => {
+                    self.hooks.insert(*ifindex, hook);
+                }
+                Err(error) => {
+                    let problem = format!("is NOT enforced: {error}");
+                    warnings.insert(Warning { subject: name.clone(), problem });
+                }
+            }
+        }
+    }
+
+    /// Takes programs off links that are no instance's any more.
+    pub(super) fn unhook(&mut self, desired: &Desired, warnings: &mut BTreeSet<Warning>) {
+        let gone: Vec<u32> =
+            self.hooks.keys().filter(|ifindex| !desired.interfaces.contains_key(ifindex)).copied().collect();
+        for ifindex in gone {
+            if let Some(hook) = self.hooks.remove(&ifindex)
+                && let Err(error) = hook.detach()
+            {
+                warnings.insert(cannot_detach(ifindex, &error));
+            }
+        }
+    }
+
+    /// The same for what an earlier agent left.
+    pub(super) fn unhook_earlier(&self, desired: &Desired, warnings: &mut BTreeSet<Warning>) {
+        let Some(pins) = self.datapath.pins() else { return };
+        let left = pins.attached().unwrap_or_default();
+        for ifindex in left.into_iter().filter(|ifindex| !desired.interfaces.contains_key(ifindex)) {
+            if let Err(error) = pins.remove_link(ifindex) {
+                warnings.insert(cannot_detach(ifindex, &error));
+            }
+        }
+    }
+}
+
+fn cannot_detach(ifindex: u32, error: &std::io::Error) -> Warning {
+    Warning { subject: format!("link {ifindex}"), problem: format!("cannot take the programs off: {error}") }
+}
