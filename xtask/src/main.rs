@@ -5,6 +5,7 @@ mod cmd;
 mod demo;
 mod deps;
 mod ebpf;
+mod fuzz;
 mod image;
 mod libtest;
 mod moto;
@@ -33,6 +34,8 @@ enum Command {
     Run(run::Options),
     /// Run the tests, all sets or some
     Test(test::Options),
+    /// Fuzz: the properties with millions of packets, and the libFuzzer targets
+    Fuzz(fuzz::Options),
     /// Play a session with the AWS CLI, Docker and SSH, and check every outcome
     Demo(demo::Options),
 }
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Command::Build(options) => build::run(&options),
         Command::Run(options) => run::run(&options),
         Command::Test(options) => test::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Demo(options) => demo::run(&options),
     });
     match outcome {

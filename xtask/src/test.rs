@@ -380,7 +380,7 @@ fn set_of(target: &str) -> Option<Set> {
 }
 
 /// Builds the test programs, and returns their paths.
-fn programs(targets: &[String]) -> Result<Vec<PathBuf>> {
+pub fn programs(targets: &[String]) -> Result<Vec<PathBuf>> {
     let mut cargo = workspace::cargo();
     cargo.args(["test", "--no-run", "--message-format=json-render-diagnostics", "-p", TESTS]);
     for target in targets {
