@@ -71,6 +71,7 @@ impl Begun {
     /// Holds a verdict against what the rules say of the plain reading.
     fn check(&mut self, world: &World, direction: Direction, frame: &[u8], verdict: Verdict) {
         let is_egress = direction == Direction::Egress;
+        assert_ne!(verdict, Err(Drop::Inconsistent), "tables that are all there");
         let Ok(pass) = verdict else { return };
         if pass == Pass::Neighbor && plain::is_arp(frame) {
             return;
@@ -103,7 +104,9 @@ impl Begun {
                 assert!(here && (there || world.is_free(!is_egress, peer, packet.protocol)), "{packet:?}")
             }
             Pass::Exempt => assert!(is_egress && world::is_exempt(peer, packet.protocol, packet.port), "{packet:?}"),
-            Pass::Established => assert!(self.flows.contains(&flow), "established, and never begun: {packet:?}"),
+            Pass::Established => {
+                assert!(flow.is_some_and(|flow| self.flows.contains(&flow)), "established, and never begun: {packet:?}")
+            }
             Pass::Related => assert!(packet.is_error(), "{packet:?}"),
             Pass::Fragment => {
                 let rest = packet.rest.unwrap_or_else(|| panic!("a fragment that is none: {packet:?}"));
@@ -112,13 +115,12 @@ impl Begun {
             Pass::Proxied => assert!(!is_egress && world.mark() != 0),
             Pass::Neighbor | Pass::Dhcp => unreachable!("looked at above"),
         }
-        if matches!(pass, Pass::New | Pass::Exempt | Pass::Proxied) {
-            self.flows.insert(flow);
+        if matches!(pass, Pass::New | Pass::Exempt | Pass::Proxied) && (pass != Pass::New || !packet.is_answer()) {
+            self.flows.extend(flow);
         }
         let is_silent = matches!(pass, Pass::Exempt | Pass::Proxied | Pass::Established | Pass::Fragment);
-        if !is_silent && !(pass == Pass::Related) {
+        if !is_silent && pass != Pass::Related {
             assert!(world.acl_allows(is_egress, peer, packet.protocol, packet.port), "past the ACL: {packet:?}");
         }
-        assert_ne!(verdict, Err(Drop::Inconsistent));
     }
 }

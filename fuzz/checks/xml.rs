@@ -15,17 +15,11 @@ pub fn check(body: &[u8]) {
     for action in actions() {
         for status in STATUSES {
             let read = parse_answer(action, status, body).expect("an action of the list");
-            match &read {
-                Ok(inventory) => {
-                    assert_eq!(status, 200, "{action}: a failed call has no answer");
-                    inventory::check(inventory);
-                    answered += 1;
-                    cut_off(action, body, &read);
-                }
-                // It goes to users: it has to be printable, and short whatever came.
-                Err(error) => {
-                    assert!(matches!(error, AnswerError::Refused { .. }) || error.to_string().len() < 4096 + body.len())
-                }
+            if let Ok(inventory) = &read {
+                assert_eq!(status, 200, "{action}: a failed call has no answer");
+                inventory::check(inventory);
+                cut_off(action, body, &read);
+                answered += 1;
             }
         }
     }

@@ -142,14 +142,34 @@ impl Plain {
         self.is_icmp() && if self.source.is_ipv4() { matches!(kind, 3 | 4 | 11 | 12) } else { matches!(kind, 1..=4) }
     }
 
-    /// The flow that it is of, the same for both directions. ICMP queries and answers share identifiers.
-    pub fn flow(&self, is_egress: bool) -> Flow {
+    /// The flow that it is of, the same for both directions; none for ICMP messages that are neither query nor answer.
+    /// A query's flow has its kind and who asked in the place of the peer's port.
+    pub fn flow(&self, is_egress: bool) -> Option<Flow> {
         let (own, peer) = if is_egress { (self.source, self.destination) } else { (self.destination, self.source) };
         let (own_port, peer_port) = match (self.is_icmp(), is_egress) {
-            (true, _) => (self.source_port, 0),
+            (true, _) => {
+                let (kind, is_answer) = self.query()?;
+                (self.source_port, kind << 1 | u16::from(is_answer != is_egress))
+            }
             (false, true) => (self.source_port, self.port),
             (false, false) => (self.port, self.source_port),
         };
-        (own, peer, self.protocol, own_port, peer_port)
+        Some((own, peer, self.protocol, own_port, peer_port))
+    }
+
+    /// Whether it begins no flow, whatever allows it.
+    pub fn is_answer(&self) -> bool {
+        self.is_icmp() && self.query().is_some_and(|(_, is_answer)| is_answer)
+    }
+
+    fn query(&self) -> Option<(u16, bool)> {
+        match (self.source.is_ipv4(), self.port >> 8) {
+            (true, kind @ (8 | 13 | 15 | 17)) => Some((kind, false)),
+            (true, 0) => Some((8, true)),
+            (true, kind @ (14 | 16 | 18)) => Some((kind - 1, true)),
+            (false, 128) => Some((128, false)),
+            (false, 129) => Some((128, true)),
+            _ => None,
+        }
     }
 }

@@ -45,9 +45,7 @@ const READERS: [(&str, Read); 10] = [
         let list = wire::PrefixList { id: LIST.to_owned(), entries, ..Default::default() };
         Ok(Facts { prefix_lists: vec![list], ..Facts::default() })
     }),
-    (DescribeVpcs::ACTION, |status, body| {
-        Ok(Facts { vpcs: items::<DescribeVpcs>(status, body)?, ..Facts::default() })
-    }),
+    (DescribeVpcs::ACTION, |status, body| Ok(Facts { vpcs: items::<DescribeVpcs>(status, body)?, ..Facts::default() })),
     (DescribeSubnets::ACTION, |status, body| {
         Ok(Facts { subnets: items::<DescribeSubnets>(status, body)?, ..Facts::default() })
     }),
