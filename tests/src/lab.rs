@@ -11,7 +11,7 @@ use sg_agent::datapath::Datapath;
 use sg_agent::discovery::Attachment;
 use sg_agent::explain::{Explanation, Query, explain};
 use sg_agent::live;
-use sg_agent::model::{Inventory, Warning};
+use sg_agent::model::{Eni, Inventory, Warning};
 use sg_agent::resolve::{Resolver, Settings, World};
 use sg_common::abi::{Config, Count, Direction, RELATED_ERRORS};
 use sg_common::addr::Address;
@@ -118,7 +118,8 @@ impl Lab {
         for enforced in snapshot.interfaces.values() {
             assert!(enforced.attached, "{}: {:?}", enforced.interface.link, snapshot.warnings);
         }
-        self.config = snapshot.tables.config;
+        // The applier counts this one; the rest is the laboratory's own, and newer than the snapshot where nothing changed.
+        self.config.world = snapshot.tables.config.world;
         self.reference.config = self.config;
         self.reference.tables = snapshot.tables.clone();
         self.reference.interfaces =
@@ -274,6 +275,17 @@ impl Lab {
             }
         }
         memberships
+    }
+
+    /// The addresses that hosts of a subnet really have, as the control plane and the discovery have them.
+    pub fn neighbors(&self, subnet: &str) -> BTreeSet<IpAddr> {
+        let enis =
+            self.world[&scope()].enis.values().filter(|eni| eni.subnet.as_ref().is_some_and(|id| *id.0 == *subnet));
+        let attached = |eni: &Eni| {
+            let found = self.attachments.iter().find(|attachment| Some(&attachment.instance) == eni.instance.as_ref());
+            found.map(|attachment| attachment.addresses.clone()).unwrap_or_default()
+        };
+        enis.flat_map(|eni| eni.addresses.iter().copied().chain(attached(eni))).collect()
     }
 
     /// The applier, for what packets don't show.

@@ -93,6 +93,8 @@ fn agree(lab: &mut Lab, probes: &[Probe], judged: &mut [usize; 5]) -> Result<(),
         Spec::Groups(_) => panic!("groups for an ACL"),
     });
     let memberships = lab.memberships();
+    // Beyond the subnet's networks there are its hosts' link-local addresses.
+    let neighbors = lab.neighbors(SUBNET_1);
     let members = |address: IpAddr, group: u32| memberships.contains(&(address, group));
     for probe in probes {
         // Every flow that one packet began has ended by now (SG-3.3 has the longest timeout: 600 s).
@@ -105,8 +107,9 @@ fn agree(lab: &mut Lab, probes: &[Probe], judged: &mut [usize; 5]) -> Result<(),
         let rules = by_rules(here, there, &members, &question, generate::SOURCE_PORT);
         let is_denied = acl.is_some_and(|acl| {
             let entries = if probe.direction() == Direction::Ingress { &acl.ingress } else { &acl.egress };
-            !interface.subnet.iter().any(|network| network.contains(&question.peer))
-                && !oracle::deciding(entries, &question).is_some_and(|entry| entry.allow)
+            let is_within = interface.subnet.iter().any(|network| network.contains(&question.peer))
+                || neighbors.contains(&question.peer);
+            !is_within && !oracle::deciding(entries, &question).is_some_and(|entry| entry.allow)
         });
         // On the way in the ACL comes first, on the way out last (SG-5.2).
         let expected = match (probe.direction(), is_denied, rules) {

@@ -6,6 +6,7 @@ mod cmd;
 mod demo;
 mod deps;
 mod ebpf;
+mod fuzz;
 mod image;
 mod libtest;
 mod moto;
@@ -36,6 +37,8 @@ enum Command {
     Test(test::Options),
     /// Build the agent's container image (sg-agent:VERSION)
     Image(agent_image::Options),
+    /// Fuzz: the properties with millions of packets, and the libFuzzer targets
+    Fuzz(fuzz::Options),
     /// Play a session with the AWS CLI, Docker and SSH, and check every outcome
     Demo(demo::Options),
 }
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         Command::Run(options) => run::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Image(options) => agent_image::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Demo(options) => demo::run(&options),
     });
     match outcome {

@@ -287,7 +287,7 @@ impl Runner {
         let agent = self.agent()?;
         let directory = workspace::root().join(TESTS);
         let mut failures = Vec::new();
-        for program in programs(&files)? {
+        for program in programs(&files, &[])? {
             let mut all = vec![
                 ("SG_AGENT_BIN", agent.clone().into_os_string()),
                 ("CARGO_MANIFEST_DIR", directory.clone().into_os_string()),
@@ -330,7 +330,9 @@ impl Runner {
             } else {
                 self.filter.clone()
             };
-            all.extend(programs(&[target])?.into_iter().map(|path| vm::Program { path, arguments: arguments.clone() }));
+            all.extend(
+                programs(&[target], &[])?.into_iter().map(|path| vm::Program { path, arguments: arguments.clone() }),
+            );
         }
         vm::run(&vm::Job { version, agent: &agent, programs: &all, environment: &environment }, counts)?;
         Ok(Outcome::Passed)
@@ -399,10 +401,10 @@ fn set_of(target: &str) -> Option<Set> {
         .find(|set| target.strip_prefix(set.name()).is_some_and(|rest| rest.is_empty() || rest.starts_with('_')))
 }
 
-/// Builds the test programs, and returns their paths.
-fn programs(targets: &[String]) -> Result<Vec<PathBuf>> {
+/// Builds the test programs with these options of cargo's, and returns their paths.
+pub fn programs(targets: &[String], options: &[&str]) -> Result<Vec<PathBuf>> {
     let mut cargo = workspace::cargo();
-    cargo.args(["test", "--no-run", "--message-format=json-render-diagnostics", "-p", TESTS]);
+    cargo.args(["test", "--no-run", "--message-format=json-render-diagnostics", "-p", TESTS]).args(options);
     for target in targets {
         cargo.args(["--test", target]);
     }

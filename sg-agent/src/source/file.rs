@@ -54,7 +54,12 @@ impl RulesFile {
         if text.len() as u64 > LIMIT {
             return Err(unreadable(std::io::Error::other("it is larger than 64 MiB")));
         }
-        let documents = parse(&text).map_err(|error| {
+        Self::parse(&text, path)
+    }
+
+    /// Reads what the file holds; `path` is its name in errors.
+    pub fn parse(text: &[u8], path: &Path) -> Result<Inventory, SourceError> {
+        let documents = parse(text).map_err(|error| {
             let (line, column) = (error.line(), error.column());
             let problem = error.to_string();
             let place = format!(" at line {line} column {column}");

@@ -2,6 +2,7 @@
 //! wire format and what is asked for; makes no policy, watches nothing, and remembers nothing between two reads but the
 //! ids of rules.
 
+mod alone;
 mod answer;
 mod client;
 mod convert;
@@ -17,6 +18,7 @@ mod wire;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+pub use alone::{actions, parse_answer};
 pub use answer::AnswerError;
 pub use ec2::Ec2;
 pub use file::RulesFile;
