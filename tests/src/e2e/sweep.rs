@@ -10,17 +10,19 @@ use std::sync::Once;
 pub fn once() {
     static SWEPT: Once = Once::new();
     SWEPT.call_once(|| {
-        for name in left_in("/run/netns") {
+        for name in left_in(Path::new("/run/netns")) {
             let _ = Command::new("ip").args(["netns", "del", &name]).output();
         }
-        for name in left_in("/sys/fs/bpf") {
-            let directory = Path::new("/sys/fs/bpf").join(name);
-            let _ = fs::remove_dir_all(directory);
+        let temporary = std::env::temp_dir();
+        for place in [Path::new("/sys/fs/bpf"), &temporary] {
+            for name in left_in(place) {
+                let _ = fs::remove_dir_all(place.join(name));
+            }
         }
     });
 }
 
-fn left_in(directory: &str) -> Vec<String> {
+fn left_in(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|name| is_orphan(name)).collect()
 }
