@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::discovery::Attachment;
+use crate::discovery::{Attachment, Origin};
 use crate::exempt::Service;
 use crate::model::{
     AclEntry, AclId, Eni, EniId, GroupId, InstanceId, Inventory, Peer, Rule, RuleId, Scope, SubnetId, Traffic, VpcId,
@@ -233,16 +233,18 @@ impl Resolver {
         for inventory in world.values() {
             desired.warnings.extend(inventory.warnings.iter().cloned());
         }
-        let placements = place(world, default, attachments, &mut desired.warnings);
+        let mut placements = place(world, default, attachments, &mut desired.warnings);
+        keep_uncontested(world, &mut placements, &mut desired.warnings);
+        let given = given(&placements);
         for placement in &placements {
-            let interface = self.interface(world, placement, &mut desired);
+            let interface = self.interface(world, placement, &given, &mut desired);
             desired.interfaces.insert(placement.attachment.link.ifindex, interface);
         }
-        self.members(world, &placements, &mut desired);
+        self.members(world, &placements, &given, &mut desired);
         desired
     }
 
-    fn interface(&mut self, world: &World, placement: &Placement, desired: &mut Desired) -> Interface {
+    fn interface(&mut self, world: &World, placement: &Placement, given: &Given, desired: &mut Desired) -> Interface {
         let attachment = placement.attachment;
         let inventory = world.get(&placement.scope);
         let vpc_id = placement.eni.and_then(|eni| eni.vpc.clone()).unwrap_or_else(|| VpcId::from(""));
@@ -254,9 +256,14 @@ impl Resolver {
         let acl = subnet_id.and_then(|id| self.acl(inventory?, &placement.scope, id, desired));
         let subnet_number =
             subnet_id.filter(|_| acl.is_some()).map(|id| self.subnets.of(&(placement.scope.clone(), id.clone())));
-        let known = placement.eni.into_iter().flat_map(Eni::private_addresses);
-        let mut addresses = attachment.addresses.clone();
-        addresses.extend(known.filter(|address| !attachment.addresses.contains(address)));
+        let (scope, network) = placement.network();
+        let is_free = |address: &IpAddr| {
+            let holder = given.get(&(scope.clone(), network.cloned(), *address));
+            holder.is_none_or(|&holder| holder == attachment.link.ifindex)
+        };
+        let known = placement.eni.into_iter().flat_map(Eni::private_addresses).filter(is_free);
+        let mut addresses = placement.addresses.clone();
+        addresses.extend(known.filter(|address| !placement.addresses.contains(address)));
         for prefix in placement.eni.into_iter().flat_map(Eni::unlisted_prefixes) {
             desired.warnings.insert(Warning {
                 subject: attachment.instance.to_string(),
@@ -429,7 +436,7 @@ impl Resolver {
 
     /// The private addresses of every member of a referenced group, or of a subnet with an ACL, from each VPC that can
     /// see them (SG-1.9, SG-1.12).
-    fn members(&mut self, world: &World, placements: &[Placement], desired: &mut Desired) {
+    fn members(&mut self, world: &World, placements: &[Placement], given: &Given, desired: &mut Desired) {
         let referenced: BTreeSet<u32> = desired
             .policies
             .values()
@@ -450,9 +457,11 @@ impl Resolver {
         }
         // What the containers really have counts beside what the control plane shows.
         let mut real: BTreeMap<(&Scope, &EniId), Vec<IpAddr>> = BTreeMap::new();
+        let mut links: BTreeMap<(&Scope, &EniId), Vec<u32>> = BTreeMap::new();
         for placement in placements {
             if let Some(eni) = placement.eni {
-                real.entry((&placement.scope, &eni.id)).or_default().extend(&placement.attachment.addresses);
+                real.entry((&placement.scope, &eni.id)).or_default().extend(&placement.addresses);
+                links.entry((&placement.scope, &eni.id)).or_default().push(placement.attachment.link.ifindex);
             }
         }
         for (scope, inventory) in world {
@@ -472,7 +481,11 @@ impl Resolver {
                 for (seer_scope, seer) in seers(world, scope, &vpc) {
                     let number = self.vpcs.of(&(seer_scope, seer));
                     let real = real.get(&(scope, &eni.id)).map(Vec::as_slice).unwrap_or_default();
-                    for address in eni.private_addresses().chain(real.iter().copied()) {
+                    let is_free = |address: &IpAddr| {
+                        let holder = given.get(&(scope.clone(), eni.vpc.clone(), *address));
+                        holder.is_none_or(|holder| links.get(&(scope, &eni.id)).is_some_and(|own| own.contains(holder)))
+                    };
+                    for address in eni.private_addresses().filter(is_free).chain(real.iter().copied()) {
                         let member = desired.members.entry((number, address)).or_default();
                         member.groups.extend(&groups);
                         member.subnet = member.subnet.or(subnet);
@@ -550,6 +563,78 @@ struct Placement<'a> {
     attachment: &'a Attachment,
     scope: Scope,
     eni: Option<&'a Eni>,
+    /// The real addresses that are taken to be its own.
+    addresses: Vec<IpAddr>,
+}
+
+impl Placement<'_> {
+    /// Within which addresses are one interface's alone.
+    fn network(&self) -> (&Scope, Option<&VpcId>) {
+        (&self.scope, self.eni.and_then(|eni| eni.vpc.as_ref()))
+    }
+
+    /// Whether its addresses are Docker's record, and not read from the guest.
+    fn is_given(&self) -> bool {
+        matches!(self.attachment.origin, Origin::Docker { .. })
+    }
+
+    fn is_assigned(&self, address: &IpAddr) -> bool {
+        self.eni.is_some_and(|eni| eni.private_addresses().any(|own| own == *address))
+    }
+}
+
+/// The real addresses that Docker gave, and to whom: they go before the control plane's, which is a hint.
+type Given = HashMap<(Scope, Option<VpcId>, IpAddr), u32>;
+
+fn given(placements: &[Placement]) -> Given {
+    let by_docker = placements.iter().filter(|placement| placement.is_given());
+    by_docker
+        .flat_map(|placement| {
+            let (scope, vpc) = placement.network();
+            let link = placement.attachment.link.ifindex;
+            placement.addresses.iter().map(move |&address| ((scope.clone(), vpc.cloned(), address), link))
+        })
+        .collect()
+}
+
+/// Leaves out real addresses that are somebody else's, where they were read from the guest, which can give itself any:
+/// the control plane's assignment goes first, the router's address is nobody's, and one that two interfaces of a VPC
+/// have is neither's.
+fn keep_uncontested(world: &World, placements: &mut [Placement], warnings: &mut BTreeSet<Warning>) {
+    let mut claims: HashMap<(Scope, Option<VpcId>, IpAddr), usize> = HashMap::new();
+    for placement in placements.iter() {
+        let (scope, vpc) = placement.network();
+        for &address in &placement.addresses {
+            *claims.entry((scope.clone(), vpc.cloned(), address)).or_default() += 1;
+        }
+    }
+    let gateways: BTreeSet<IpAddr> =
+        placements.iter().flat_map(|placement| placement.attachment.gateways.iter().copied()).collect();
+    for placement in placements.iter_mut().filter(|placement| !placement.is_given()) {
+        let (scope, vpc) = placement.network();
+        let (scope, vpc) = (scope.clone(), vpc.cloned());
+        let others = world.get(&scope).into_iter().flat_map(|inventory| inventory.enis.values());
+        let others: BTreeSet<IpAddr> = others
+            .filter(|eni| eni.vpc == vpc && placement.eni.is_none_or(|own| own.id != eni.id))
+            .flat_map(Eni::private_addresses)
+            .collect();
+        let addresses = std::mem::take(&mut placement.addresses);
+        placement.addresses = addresses
+            .into_iter()
+            .filter(|address| {
+                let is_shared = claims.get(&(scope.clone(), vpc.clone(), *address)).is_some_and(|&claims| claims > 1);
+                let is_foreign = others.contains(address) || gateways.contains(address) || is_shared;
+                if is_foreign && !placement.is_assigned(address) {
+                    warnings.insert(Warning {
+                        subject: placement.attachment.instance.to_string(),
+                        problem: format!("has the address {address}, which is somebody else's: it is not its own"),
+                    });
+                    return false;
+                }
+                true
+            })
+            .collect();
+    }
 }
 
 /// Which of its instance's interfaces each attachment is: the one that it names, the one with its address, or the one
@@ -577,7 +662,12 @@ fn place<'a>(
                         attachment.link.name
                     ),
                 });
-                placements.push(Placement { attachment, scope: default.clone(), eni: None });
+                placements.push(Placement {
+                    attachment,
+                    scope: default.clone(),
+                    eni: None,
+                    addresses: attachment.addresses.clone(),
+                });
                 continue;
             }
             [one] => *one,
@@ -590,7 +680,7 @@ fn place<'a>(
                 problem: format!("has no network interface: {} is denied everything", attachment.link.name),
             });
         }
-        placements.push(Placement { attachment, scope: scope.clone(), eni });
+        placements.push(Placement { attachment, scope: scope.clone(), eni, addresses: attachment.addresses.clone() });
     }
     placements
 }

@@ -71,7 +71,7 @@ fn parse(text: &str) -> Result<AttachSpec, String> {
                 }
                 spec.addresses.push(address);
             }
-            "mac" => once(&mut spec.mac, key, mac(value)?)?,
+            "mac" => once(&mut spec.mac, key, names::mac(value).map_err(|problem| format!("mac={problem}"))?)?,
             "eni" => once(&mut spec.eni, key, EniId(names::id(value)?.into()))?,
             "account" => once(&mut spec.account, key, names::account(value)?.into())?,
             "region" => once(&mut spec.region, key, names::region(value)?.into())?,
@@ -108,20 +108,6 @@ fn address(text: &str) -> Result<IpAddr, String> {
         return Err(format!("ip={address} can't be an interface's address"));
     }
     Ok(address)
-}
-
-fn mac(text: &str) -> Result<[u8; 6], String> {
-    let problem = || format!("mac={} is no unicast MAC address, as 02:42:ac:11:00:02", quoted(text));
-    let mut mac = [0; 6];
-    let mut parts = text.split([':', '-']);
-    for byte in &mut mac {
-        let part = parts.next().filter(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()));
-        *byte = u8::from_str_radix(part.ok_or_else(problem)?, 16).map_err(|_| problem())?;
-    }
-    if parts.next().is_some() || mac == [0; 6] || mac[0] & 1 != 0 {
-        return Err(problem());
-    }
-    Ok(mac)
 }
 
 #[cfg(test)]

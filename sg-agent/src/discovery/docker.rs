@@ -3,18 +3,19 @@
 
 use std::fs::File;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use bollard::Docker;
 use bollard::errors::Error;
-use bollard::models::{ContainerInspectResponse, ContainerSummary};
+use bollard::models::{ContainerInspectResponse, ContainerSummary, EndpointSettings};
 use futures_util::{StreamExt, stream};
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::Mode;
 
 use super::conventions::{self, Claim};
-use super::names::quoted;
+use super::names::{self, quoted};
 use super::netns::Netns;
 use crate::model::Warning;
 
@@ -32,7 +33,27 @@ pub(super) struct Claimed {
     /// Without the slash.
     pub(super) name: String,
     pub(super) claim: Claim,
+    pub(super) endpoints: Vec<Endpoint>,
     pub(super) netns: Netns,
+}
+
+/// An interface as Docker made it. The guest can change what its own side says, but not this.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Endpoint {
+    pub(super) mac: [u8; 6],
+    /// The IPv4 address first.
+    pub(super) addresses: Vec<IpAddr>,
+}
+
+impl Endpoint {
+    /// `None` where the container isn't connected to the network at this moment.
+    fn read(settings: &EndpointSettings) -> Option<Self> {
+        let address = |text: &Option<String>| text.as_ref()?.parse::<IpAddr>().ok();
+        let addresses = [address(&settings.ip_address), address(&settings.global_ipv6_address)];
+        let addresses: Vec<IpAddr> = addresses.into_iter().flatten().collect();
+        let mac = names::mac(settings.mac_address.as_ref()?).ok()?;
+        (!addresses.is_empty()).then_some(Self { mac, addresses })
+    }
 }
 
 /// Docker couldn't be asked.
@@ -67,15 +88,15 @@ pub(super) async fn claimed(host: Option<&str>) -> Result<(Vec<Claimed>, Vec<War
         .collect();
     let docker = &docker;
     let mut opened = stream::iter(candidates)
-        .map(|(id, name, claim)| async move {
+        .map(|(id, name, claim, endpoints)| async move {
             let netns = netns_of(docker, &id).await;
-            (id, name, claim, netns)
+            (id, name, claim, endpoints, netns)
         })
         .buffer_unordered(CONCURRENT);
     let mut claimed = Vec::new();
-    while let Some((id, name, claim, netns)) = opened.next().await {
+    while let Some((id, name, claim, endpoints, netns)) = opened.next().await {
         match netns {
-            Ok(netns) => claimed.push(Claimed { id, name, claim, netns }),
+            Ok(netns) => claimed.push(Claimed { id, name, claim, endpoints, netns }),
             Err(Unopened::Stopped) => {}
             Err(Unopened::Docker(cause)) => return Err(failure(cause)),
             Err(Unopened::Hidden(problem)) => {
@@ -92,7 +113,10 @@ pub(super) fn subject(name: &str) -> String {
     format!("container {}", quoted(name))
 }
 
-fn candidate(container: ContainerSummary, warnings: &mut Vec<Warning>) -> Option<(String, String, Claim)> {
+fn candidate(
+    container: ContainerSummary,
+    warnings: &mut Vec<Warning>,
+) -> Option<(String, String, Claim, Vec<Endpoint>)> {
     let id = container.id?;
     // A container that others link to has their aliases, with a slash inside, too.
     let names = container.names.unwrap_or_default();
@@ -101,7 +125,8 @@ fn candidate(container: ContainerSummary, warnings: &mut Vec<Warning>) -> Option
     let mut problems = Vec::new();
     let claim = conventions::claim(&name, &container.labels.unwrap_or_default(), &mut problems);
     warnings.extend(problems.into_iter().map(|problem| Warning { subject: subject(&name), problem }));
-    Some((id, name, claim?))
+    let networks = container.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
+    Some((id, name, claim?, networks.values().filter_map(Endpoint::read).collect()))
 }
 
 enum Unopened {

@@ -10,7 +10,7 @@ use std::thread;
 use tokio::sync::oneshot;
 
 use super::attach_spec::AttachSpec;
-use super::docker::{Claimed, subject};
+use super::docker::{Claimed, Endpoint, subject};
 use super::netlink::{LinkRow, Netlink};
 use super::netns::{Netns, NetnsId, Snapshot, push_new};
 use super::search::Search;
@@ -174,8 +174,10 @@ impl Picture {
         if exits.is_empty() {
             self.warn(owner, "it has no link out of its network namespace".to_owned());
         }
-        for (device_index, row) in exits.into_iter().enumerate() {
-            let (link, mac) = match other_end(row, &self.host, id) {
+        let endpoints = members.iter().flat_map(|member| &member.endpoints).cloned().collect();
+        let endpoints = assign(&exits, inside, endpoints);
+        for (device_index, (row, endpoint)) in exits.into_iter().zip(endpoints).enumerate() {
+            let (link, _) = match other_end(row, &self.host, id) {
                 Ok(ends) => ends,
                 Err(NoEnd { problem, unsettled }) => {
                     self.unsettled |= unsettled;
@@ -190,6 +192,11 @@ impl Picture {
                 }
                 continue;
             }
+            let Endpoint { mac, addresses } = endpoint.unwrap_or_else(|| {
+                let problem = format!("its interface {:?} is none that docker made: nothing passes there", row.name);
+                self.warn(owner, problem);
+                Endpoint { mac: NOBODY, addresses: Vec::new() }
+            });
             let mut gateways = inside.gateways_of(row.index);
             self.add_bridge(&link, &mut gateways);
             self.taken.insert(link.index, owner.claim.instance.to_string());
@@ -201,7 +208,7 @@ impl Picture {
                 device_index: device_index as u32,
                 link: Link { ifindex: link.index, name: link.name },
                 mac,
-                addresses: inside.addresses_of(row.index),
+                addresses,
                 networks: inside.networks_of(row.index),
                 gateways,
                 origin: Origin::Docker {
@@ -244,6 +251,30 @@ fn exits(inside: &Snapshot) -> Vec<&LinkRow> {
         (stem.to_owned(), link.name[stem.len()..].parse::<u64>().unwrap_or_default(), link.index)
     });
     exits
+}
+
+/// The MAC address of an interface that may not send anything: no station's (IEEE 802: all zeros).
+const NOBODY: [u8; 6] = [0; 6];
+
+/// Which of Docker's endpoints each of a container's interfaces is. The guest can change its own MAC and IP addresses,
+/// so they only tell which endpoint is meant; what counts is Docker's. Where they tell nothing and just one endpoint is
+/// left for just one interface, it is that.
+fn assign(exits: &[&LinkRow], inside: &Snapshot, mut endpoints: Vec<Endpoint>) -> Vec<Option<Endpoint>> {
+    let mut take = |fits: &dyn Fn(&Endpoint) -> bool| {
+        let place = endpoints.iter().position(fits)?;
+        Some(endpoints.remove(place))
+    };
+    let mut assigned: Vec<Option<Endpoint>> =
+        exits.iter().map(|row| take(&|endpoint| row.mac == Some(endpoint.mac))).collect();
+    for (row, endpoint) in exits.iter().zip(&mut assigned).filter(|(_, endpoint)| endpoint.is_none()) {
+        let addresses = inside.addresses_of(row.index);
+        *endpoint = take(&|endpoint| endpoint.addresses.iter().any(|address| addresses.contains(address)));
+    }
+    let mut open: Vec<_> = assigned.iter_mut().filter(|endpoint| endpoint.is_none()).collect();
+    if let ([place], 1) = (open.as_mut_slice(), endpoints.len()) {
+        **place = endpoints.pop();
+    }
+    assigned
 }
 
 /// Why a way out can't be enforced.

@@ -31,6 +31,21 @@ pub(super) fn region(text: &str) -> Result<&str, String> {
     Ok(text)
 }
 
+/// A unicast MAC address.
+pub(super) fn mac(text: &str) -> Result<[u8; 6], String> {
+    let problem = || format!("{} is no unicast MAC address, as 02:42:ac:11:00:02", quoted(text));
+    let mut mac = [0; 6];
+    let mut parts = text.split([':', '-']);
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()));
+        *byte = u8::from_str_radix(part.ok_or_else(problem)?, 16).map_err(|_| problem())?;
+    }
+    if parts.next().is_some() || mac == [0; 6] || mac[0] & 1 != 0 {
+        return Err(problem());
+    }
+    Ok(mac)
+}
+
 /// Text of unknown origin for a message: escaped, and cut if it is long.
 pub(super) fn quoted(text: &str) -> String {
     match text.char_indices().nth(LONGEST + 1) {

@@ -1,5 +1,7 @@
 //! Addresses that aren't the interface's own (SG-4.3), and links that are nobody's.
 
+use std::net::IpAddr;
+
 use sg_common::abi::Direction;
 use sg_common::verdict::{Drop, Pass, Verdict};
 use tests::cast::{A, B, C, X};
@@ -26,7 +28,7 @@ pub fn the_check_is_on() {
                 leaves(from("10.0.9.9"), SOURCE),
                 leaves(from("10.0.1.10"), SOURCE),
                 leaves(from("0.0.0.0"), SOURCE),
-                leaves(from("255.255.255.255"), SOURCE),
+                leaves(from("255.255.255.255"), Err(Drop::Martian)),
                 leaves(from("169.254.169.254"), SOURCE),
                 leaves(from6("2001:db8:1::b"), Ok(Pass::Untracked)),
                 leaves(from6("2001:db8:1::a"), SOURCE),
@@ -155,5 +157,31 @@ pub fn the_agent_s_proxy_is_known_by_its_mark() {
         );
         lab.configure(|config| config.proxy_mark = 0);
         run(&mut lab, "no proxy: mark 0 is nobody's", vec![arrives(tcp(X, B).ports(7, 22).syn(), Err(Drop::NoRule))]);
+    });
+}
+
+/// A guest gives itself addresses that the control plane doesn't: what is read from it is believed only where nobody
+/// else has them.
+#[test]
+pub fn an_address_that_is_taken_over_stays_its_owner_s() {
+    isolated(|| {
+        let mut lab = Lab::new("in tcp22 sgA, out none");
+        assert_eq!(lab.send(C, B, &tcp(C, B).syn()), ("B", Err(Drop::NoRule)), "SG-1.9: C isn't in sgA");
+        let unclaimed = "10.0.1.200";
+        lab.attach(|attachments| {
+            let a = attachments.iter_mut().find(|attachment| attachment.link.name == "sgt-a").expect("A's link");
+            let ip = |text: &str| text.parse::<IpAddr>().expect("an address");
+            a.addresses.extend([C.v4.into(), C.v6.into(), ip("10.0.1.1"), ip(unclaimed)]);
+        });
+        assert_eq!(lab.send(C, B, &tcp(C, B).syn()), ("B", Err(Drop::NoRule)), "SG-1.9: nor does A put it there");
+        for address in [C.v4.to_string(), "10.0.1.1".into()] {
+            assert_eq!(lab.from(A, &tcp(A, B).from_address(&address).syn()), SOURCE, "SG-4.3: {address}");
+            assert!(lab.warnings().iter().any(|warning| warning.problem.contains(&address)), "{:?}", lab.warnings());
+        }
+        assert_eq!(lab.from(A, &tcp(A, B).v6(A, B).from_address(&C.v6.to_string()).syn()), SOURCE, "SG-4.3");
+        // The real address of a link that no engine gave its address to is the only one that is known.
+        assert_eq!(lab.from(A, &tcp(A, B).from_address(unclaimed).syn()), Ok(Pass::New));
+        assert_eq!(lab.send(A, B, &tcp(A, B).syn()), ("B", Ok(Pass::New)), "A itself is what it was");
+        assert_eq!(lab.from(C, &tcp(C, X).syn()), Ok(Pass::New), "so is C");
     });
 }
