@@ -194,7 +194,8 @@ impl Crossing<'_> {
     /// once for each direction and epoch: its answer can't differ between a flow's packets.
     #[inline(always)]
     fn review<T: Tables>(&self, tables: &T, flow: &mut Flow) -> Result<(), Drop> {
-        if (flow.groups, flow.world) != (self.groups.epoch, self.config.world) {
+        let is_other_world = flow.world != self.config.world;
+        if is_other_world || flow.groups != self.groups.epoch {
             if self.config.flags & abi::CUT_ON_REVOKE != 0 && !self.is_still_allowed(tables, flow.origin()) {
                 return Err(Drop::Revoked);
             }
@@ -204,7 +205,8 @@ impl Crossing<'_> {
         if self.interface.acl == 0 {
             return Ok(());
         }
-        if flow.acl != self.acl.epoch {
+        // Which addresses are in the subnet, and so beyond the ACL (SG-5.2), is the members' to tell.
+        if is_other_world || flow.acl != self.acl.epoch {
             flow.acl = self.acl.epoch;
             flow.flags &= !(ACL_INGRESS | ACL_EGRESS);
         }

@@ -3,7 +3,7 @@
 use sg_agent::model::{AclEntry, Traffic};
 use sg_common::verdict::{Drop, Pass, Verdict};
 use tests::cast::{A, B, C, X};
-use tests::lab::{Lab, SUBNET_1, acl_entry, put_acl};
+use tests::lab::{Lab, SUBNET_1, SUBNET_2, acl_entry, put_acl};
 use tests::netns::isolated;
 use tests::packets::{icmp, other, tcp, udp};
 
@@ -35,6 +35,35 @@ pub fn within_a_subnet_it_has_no_say() {
         assert_eq!(lab.send(C, B, &tcp(C, B).syn()), ("B", ACL), "SG-5.2");
         assert_eq!(lab.send(B, X, &tcp(B, X).syn()), ("B", ACL), "SG-5.2");
         assert_eq!(lab.send(X, B, &tcp(X, B).syn()), ("B", ACL), "the ACL comes first on the way in");
+    });
+}
+
+#[test]
+pub fn a_peer_that_leaves_the_subnet_meets_it() {
+    isolated(|| {
+        let mut lab = lab("in tcp22 C/32", Vec::new(), Vec::new());
+        let place = |lab: &mut Lab, subnet: &str| {
+            lab.edit(|inventory| {
+                let eni = inventory.enis.values_mut().find(|eni| eni.addresses.contains(&C.v4.into()));
+                eni.expect("C's interface").subnet = Some(subnet.into());
+            });
+        };
+        place(&mut lab, SUBNET_1);
+        run(
+            &mut lab,
+            "SG-5.2: C is in B's subnet, whatever its address",
+            vec![
+                arrives(tcp(C, B).syn(), NEW),
+                leaves(tcp(C, B).syn_ack().reply(), ESTABLISHED),
+                arrives(tcp(C, B).ack(), ESTABLISHED),
+            ],
+        );
+        place(&mut lab, SUBNET_2);
+        run(
+            &mut lab,
+            "SG-5.2, SG-3.4: its flows are at the border now",
+            vec![arrives(tcp(C, B).ack(), ACL), leaves(tcp(C, B).ack().reply(), ACL)],
+        );
     });
 }
 
