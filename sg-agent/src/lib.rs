@@ -13,6 +13,7 @@ pub mod decide;
 pub mod discovery;
 pub mod exempt;
 pub mod explain;
+pub mod identity;
 pub mod live;
 pub mod model;
 pub mod oracle;

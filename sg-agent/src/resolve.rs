@@ -10,6 +10,7 @@ use ipnet::IpNet;
 
 use crate::discovery::Attachment;
 use crate::exempt::Service;
+use crate::identity::{Claim, Identities};
 use crate::model::{
     AclEntry, AclId, Eni, EniId, GroupId, InstanceId, Inventory, Peer, Rule, RuleId, Scope, SubnetId, Traffic, VpcId,
     Warning,
@@ -193,6 +194,7 @@ pub struct Resolver {
     groups: Numbers<(Scope, GroupId)>,
     subnets: Numbers<(Scope, SubnetId)>,
     vpcs: Numbers<(Scope, VpcId)>,
+    identities: Identities,
 }
 
 #[derive(Debug)]
@@ -233,7 +235,10 @@ impl Resolver {
         for inventory in world.values() {
             desired.warnings.extend(inventory.warnings.iter().cloned());
         }
-        let placements = place(world, default, attachments, &mut desired.warnings);
+        let claimed = place(world, default, attachments, &mut BTreeSet::new());
+        let claims: Vec<Claim> = claimed.iter().map(|placement| placement.claim(world)).collect();
+        let settled = self.identities.settle(&claims, &mut desired.warnings);
+        let placements = place(world, default, &settled, &mut desired.warnings);
         for placement in &placements {
             let interface = self.interface(world, placement, &mut desired);
             desired.interfaces.insert(placement.attachment.link.ifindex, interface);
@@ -550,6 +555,14 @@ struct Placement<'a> {
     attachment: &'a Attachment,
     scope: Scope,
     eni: Option<&'a Eni>,
+}
+
+impl Placement<'_> {
+    fn claim<'a>(&'a self, world: &'a World) -> Claim<'a> {
+        let vpc = self.eni.and_then(|eni| eni.vpc.as_ref()).map(|vpc| (&self.scope, vpc));
+        let enis = world.get(&self.scope).into_iter().flat_map(|inventory| inventory.enis.values()).collect();
+        Claim { attachment: self.attachment, vpc, eni: self.eni, enis }
+    }
 }
 
 /// Which of its instance's interfaces each attachment is: the one that it names, the one with its address, or the one

@@ -14,7 +14,7 @@ use super::docker::{Claimed, subject};
 use super::netlink::{LinkRow, Netlink};
 use super::netns::{Netns, NetnsId, Snapshot, push_new};
 use super::search::Search;
-use super::{Attachment, Discovered, DiscoveryError, Link, Origin};
+use super::{Attachment, Discovered, DiscoveryError, Link, OUT_OF_SIGHT, Origin};
 use crate::model::Warning;
 
 /// The two ends of a veth are read one after the other; if they disagree, they are read again, so many times in all.
@@ -63,6 +63,8 @@ fn visit(containers: &[Claimed], specs: &[AttachSpec]) -> io::Result<Discovered>
             picture.add_namespace(members, inside.as_ref(), id);
         }
         if !picture.unsettled || attempt == ATTEMPTS {
+            picture.found.containers = containers.iter().map(|container| container.id.clone()).collect();
+            picture.found.links = picture.host.links.keys().copied().collect();
             return Ok(picture.finish());
         }
         attempt += 1;
@@ -98,7 +100,10 @@ impl Picture {
             self.found.warnings.push(warn(problem.to_owned()));
             return;
         }
-        let Some(mac) = spec.mac.or(peer.as_ref().and_then(|(_, row)| row.mac)) else {
+        let read = peer.as_ref().and_then(|(_, row)| row.mac);
+        // An instance that moves its end to where nobody sees it must not be rid of its rules by that.
+        let hidden = (link.kind.as_deref() == Some("veth")).then_some(OUT_OF_SIGHT);
+        let Some(mac) = spec.mac.or(read).or(hidden) else {
             let problem = "not attached: the guest's MAC address can't be read from this link; pass mac=MAC";
             self.found.warnings.push(warn(problem.to_owned()));
             return;
@@ -121,7 +126,10 @@ impl Picture {
             }
         }
         self.add_bridge(&link, &mut gateways);
-        if addresses.is_empty() {
+        if mac == OUT_OF_SIGHT {
+            let problem = "the other end of this link can't be found: it is denied everything until it is; pass mac=MAC";
+            self.found.warnings.push(warn(problem.to_owned()));
+        } else if addresses.is_empty() {
             self.found.warnings.push(warn("no address of it is known; pass ip=ADDR if it has one".to_owned()));
         }
         let same = |other: &&Attachment| {
@@ -136,6 +144,7 @@ impl Picture {
             eni: spec.eni.clone(),
             device_index,
             link: Link { ifindex: link.index, name: link.name },
+            segment: owner,
             mac,
             addresses,
             networks,
@@ -199,6 +208,7 @@ impl Picture {
                 region: owner.claim.region.clone(),
                 eni: enis.get(device_index).cloned().flatten(),
                 device_index: device_index as u32,
+                segment: link.master.unwrap_or(link.index),
                 link: Link { ifindex: link.index, name: link.name },
                 mac,
                 addresses: inside.addresses_of(row.index),
@@ -214,8 +224,9 @@ impl Picture {
         }
     }
 
-    /// The host's own addresses on the link's segment.
+    /// Leaves of the next hops the host's own, and adds the host's addresses on the link's segment.
     fn add_bridge(&self, link: &LinkRow, gateways: &mut Vec<IpAddr>) {
+        gateways.retain(|gateway| self.host.addresses.iter().any(|row| row.address == *gateway));
         let owner = link.master.unwrap_or(link.index);
         self.host.addresses_of(owner).into_iter().for_each(|address| push_new(gateways, address));
     }

@@ -111,6 +111,7 @@ pub fn attachment(host: &Host, ifindex: u32, name: String) -> Attachment {
         region: None,
         eni: None,
         device_index: 0,
+        segment: ifindex,
         link: Link { ifindex, name },
         mac: host.mac,
         addresses: vec![IpAddr::from(host.v4), host.v6.into(), host.link_local().into()],
