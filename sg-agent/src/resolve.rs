@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::discovery::{Attachment, Origin};
+use crate::discovery::{Attachment, OUT_OF_SIGHT, Origin};
 use crate::exempt::Service;
 use crate::model::{
     AclEntry, AclId, Eni, EniId, GroupId, InstanceId, Inventory, Peer, Rule, RuleId, Scope, SubnetId, Traffic, VpcId,
@@ -285,7 +285,7 @@ impl Resolver {
             policy,
             acl,
             vpc,
-            mac: attachment.mac,
+            mac: placement.mac,
             addresses,
             subnet: subnet
                 .map(|subnet| subnet.ipv4.map(IpNet::V4).into_iter().chain(subnet.ipv6.map(IpNet::V6)).collect())
@@ -565,6 +565,8 @@ struct Placement<'a> {
     eni: Option<&'a Eni>,
     /// The real addresses that are taken to be its own.
     addresses: Vec<IpAddr>,
+    /// The same of its MAC address.
+    mac: [u8; 6],
 }
 
 impl Placement<'_> {
@@ -608,9 +610,18 @@ fn keep_uncontested(world: &World, placements: &mut [Placement], warnings: &mut 
             *claims.entry((scope.clone(), vpc.cloned(), address)).or_default() += 1;
         }
     }
+    let mut macs: HashMap<[u8; 6], usize> = HashMap::new();
+    placements.iter().for_each(|placement| *macs.entry(placement.mac).or_default() += 1);
     let gateways: BTreeSet<IpAddr> =
         placements.iter().flat_map(|placement| placement.attachment.gateways.iter().copied()).collect();
     for placement in placements.iter_mut().filter(|placement| !placement.is_given()) {
+        if placement.mac != OUT_OF_SIGHT && macs[&placement.mac] > 1 {
+            placement.mac = OUT_OF_SIGHT;
+            warnings.insert(Warning {
+                subject: placement.attachment.instance.to_string(),
+                problem: "has another interface's MAC address: it can send nothing until it has its own".into(),
+            });
+        }
         let (scope, vpc) = placement.network();
         let (scope, vpc) = (scope.clone(), vpc.cloned());
         let others = world.get(&scope).into_iter().flat_map(|inventory| inventory.enis.values());
@@ -667,6 +678,7 @@ fn place<'a>(
                     scope: default.clone(),
                     eni: None,
                     addresses: attachment.addresses.clone(),
+                    mac: attachment.mac,
                 });
                 continue;
             }
@@ -680,7 +692,13 @@ fn place<'a>(
                 problem: format!("has no network interface: {} is denied everything", attachment.link.name),
             });
         }
-        placements.push(Placement { attachment, scope: scope.clone(), eni, addresses: attachment.addresses.clone() });
+        placements.push(Placement {
+            attachment,
+            scope: scope.clone(),
+            eni,
+            addresses: attachment.addresses.clone(),
+            mac: attachment.mac,
+        });
     }
     placements
 }

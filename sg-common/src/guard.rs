@@ -28,8 +28,9 @@ pub fn arp<T: Tables>(
         if ethernet.source != interface.mac {
             return Err(Drop::SourceMac);
         }
-        // A probe's sender address is zero (RFC 5227, 2.1.1).
-        let is_probe = sender == Address::v4([0; 4]);
+        // A probe's sender address is zero (RFC 5227, 2.1.1). One for another's address would keep that one from it.
+        let target = Address::v4([h[24], h[25], h[26], h[27]]);
+        let is_probe = sender == Address::v4([0; 4]) && may_speak_for(tables, interface, &target);
         if sender_mac != interface.mac || !(is_probe || may_speak_for(tables, interface, &sender)) {
             return Err(Drop::ForgedArp);
         }
@@ -183,7 +184,10 @@ fn neighbor_discovery<T: Tables>(tables: &T, interface: &Interface, packet: &Pac
             source_is_own(tables, interface, source) && links_to_self(interface, packet, frame, 8)
         }
         NEIGHBOR_SOLICITATION => {
-            source_is_own(tables, interface, source) && links_to_self(interface, packet, frame, 24)
+            let target: [u8; 16] = frame.load(packet.transport + 8).ok_or(Drop::Malformed)?;
+            // Duplicate address detection for another's address would keep that one from it.
+            let asks_for = if *source == Address::UNSPECIFIED { Address::v6(target) } else { *source };
+            is_own_or_link_local(tables, interface, &asks_for) && links_to_self(interface, packet, frame, 24)
         }
         NEIGHBOR_ADVERTISEMENT => {
             let target: [u8; 16] = frame.load(packet.transport + 8).ok_or(Drop::Malformed)?;

@@ -261,6 +261,8 @@ fn ipv6(frame: &impl Frame, start: u32) -> Result<Packet, Drop> {
                 packet.protocol = h[0];
                 packet.transport += (h[1] as u32 + 1) * 8;
             }
+            // RFC 8200, 4.5 has one; a second would hide the first, whose own rest then follows another packet.
+            FRAGMENT if fragmentable != 0 => return Err(Drop::Malformed),
             FRAGMENT => {
                 let h: [u8; 8] = frame.load(packet.transport).ok_or(Drop::Malformed)?;
                 let field = u16::from_be_bytes([h[2], h[3]]);
@@ -335,6 +337,18 @@ fn transport(frame: &impl Frame, packet: &mut Packet) -> Result<(), Drop> {
         _ => {}
     }
     Ok(())
+}
+
+/// Where the checksum is in a packet's transport header. Everything that is judged lies before it, but for a TCP
+/// header's options and an ICMP query's identifier.
+#[inline(always)]
+pub const fn checksum_offset(packet: &Packet) -> u32 {
+    match packet.protocol {
+        TCP => 16,
+        UDP => 6,
+        // ICMP's and GRE's are at 2 and 4, SCTP's at 8; nobody else's is offloaded.
+        _ => 2,
+    }
 }
 
 /// The packet that an ICMP error quotes, as far as RFC 792 promises it: the IP header and 8 bytes.

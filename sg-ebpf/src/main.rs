@@ -15,7 +15,8 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use sg_common::abi::Direction;
 use sg_common::judge::{Memory, judge};
-use sg_common::verdict::{Drop, Verdict};
+use sg_common::packet::checksum_offset;
+use sg_common::verdict::{Drop, Pass, Verdict};
 
 use crate::maps::Maps;
 use crate::packet::SkbFrame;
@@ -47,12 +48,30 @@ fn filter(ctx: &TcContext, direction: Direction) -> i32 {
         Some(interface) if frame.has_vlan() => (interface.eni, Err(Drop::Vlan)),
         Some(interface) => {
             frame.pull();
-            (interface.eni, judge(&Maps, interface, direction, &frame, frame.mark()))
+            let verdict = judge(&Maps, interface, direction, &frame, frame.mark());
+            // Last of all: it may shorten what is dropped.
+            let is_settled = verdict.is_err() || direction == Direction::Ingress || is_settled(&frame, verdict);
+            (interface.eni, if is_settled { verdict } else { Err(Drop::Malformed) })
         }
     };
     report::count(eni, direction, &verdict, ctx.len());
     report::trace(ctx, frame.ifindex(), direction, &verdict);
     action(verdict)
+}
+
+/// Whether what was judged stays as it is. A raw socket (PACKET_VNET_HDR) and a VM's driver say themselves where the
+/// checksum is to be filled in: later, by the host's stack or its network card, and over a port or an address if the
+/// instance says so.
+#[inline(always)]
+fn is_settled(frame: &SkbFrame, verdict: Verdict) -> bool {
+    if !frame.awaits_checksum() {
+        return true;
+    }
+    match (verdict, maps::judged()) {
+        // ARP and neighbour discovery are judged to the last byte, and nobody offloads their checksums.
+        (Ok(Pass::Neighbor), _) | (_, None) => false,
+        (_, Some(packet)) => frame.checksum_is_at_or_after(packet.transport + checksum_offset(packet)),
+    }
 }
 
 /// The one place where a verdict becomes a number of the kernel's. Passing is "next" (the same number for TCX and

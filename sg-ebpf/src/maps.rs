@@ -119,6 +119,12 @@ pub fn interface(ifindex: u32) -> Option<&'static Interface> {
     unsafe { INTERFACES.get(ifindex) }
 }
 
+/// The packet that was judged last on this CPU, if it was one.
+#[inline(always)]
+pub fn judged() -> Option<&'static Packet> {
+    PACKET.get(0)
+}
+
 /// The BPF maps behind the decisions.
 pub struct Maps;
 

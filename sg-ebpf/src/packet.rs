@@ -1,5 +1,7 @@
 //! P1: the frame as the kernel hands it over. The only place with packet pointers.
 
+use aya_ebpf::bindings::{BPF_CSUM_LEVEL_DEC, BPF_CSUM_LEVEL_INC, BPF_CSUM_LEVEL_QUERY};
+use aya_ebpf::helpers::{bpf_csum_level, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
 use sg_common::packet::Frame;
 
@@ -43,6 +45,36 @@ impl SkbFrame<'_> {
             // On failure the parser finds the bytes missing, and the packet is dropped.
             let _ = self.0.pull_data(wanted);
         }
+    }
+
+    /// Whether its checksum is still to be filled in (CHECKSUM_PARTIAL). No helper tells; but only what has no
+    /// checksum state at all can be raised to a verified one (kernel: `__skb_incr_checksum_unnecessary`), which is
+    /// taken back at once.
+    #[inline(always)]
+    pub fn awaits_checksum(&self) -> bool {
+        let skb = self.0.skb.skb;
+        // SAFETY: the context is the kernel's, and these helpers touch its checksum state only.
+        unsafe {
+            if bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY as u64) >= 0 {
+                return false;
+            }
+            bpf_csum_level(skb, BPF_CSUM_LEVEL_INC as u64);
+            if bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY as u64) < 0 {
+                return true;
+            }
+            bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC as u64);
+            false
+        }
+    }
+
+    /// Whether the checksum that it awaits is to be written at `offset` or behind it. The kernel refuses to cut a
+    /// packet off before the end of its checksum field (`__bpf_skb_min_len`); where it doesn't refuse, the frame is
+    /// cut, and must be dropped.
+    #[inline(always)]
+    pub fn checksum_is_at_or_after(&self, offset: u32) -> bool {
+        const EINVAL: i64 = -22;
+        // SAFETY: the context is the kernel's; nothing reads the frame's bytes after this.
+        unsafe { bpf_skb_change_tail(self.0.skb.skb, offset + 1, 0) == EINVAL }
     }
 }
 

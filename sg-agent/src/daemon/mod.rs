@@ -292,7 +292,8 @@ impl Daemon {
         let began = Instant::now();
         match discovery::scan(&self.discovery).await {
             Ok(discovered) => {
-                self.discovered = discovered;
+                let last = std::mem::replace(&mut self.discovered, discovered);
+                self.discovered.keep_hidden(last);
                 self.looked_error = None;
             }
             Err(error) => {

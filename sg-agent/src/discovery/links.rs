@@ -14,7 +14,7 @@ use super::docker::{Claimed, Endpoint, subject};
 use super::netlink::{LinkRow, Netlink};
 use super::netns::{Netns, NetnsId, Snapshot, push_new};
 use super::search::Search;
-use super::{Attachment, Discovered, DiscoveryError, Link, Origin};
+use super::{Attachment, Discovered, DiscoveryError, Link, OUT_OF_SIGHT, Origin};
 use crate::model::Warning;
 
 /// The two ends of a veth are read one after the other; if they disagree, they are read again, so many times in all.
@@ -63,6 +63,8 @@ fn visit(containers: &[Claimed], specs: &[AttachSpec]) -> io::Result<Discovered>
             picture.add_namespace(members, inside.as_ref(), id);
         }
         if !picture.unsettled || attempt == ATTEMPTS {
+            picture.found.containers = containers.iter().map(|container| container.id.clone()).collect();
+            picture.found.links = picture.host.links.keys().copied().collect();
             return Ok(picture.finish());
         }
         attempt += 1;
@@ -98,7 +100,10 @@ impl Picture {
             self.found.warnings.push(warn(problem.to_owned()));
             return;
         }
-        let Some(mac) = spec.mac.or(peer.as_ref().and_then(|(_, row)| row.mac)) else {
+        let read = peer.as_ref().and_then(|(_, row)| row.mac);
+        // An instance that moves its end to where nobody sees it must not be rid of its rules by that.
+        let hidden = (link.kind.as_deref() == Some("veth")).then_some(OUT_OF_SIGHT);
+        let Some(mac) = spec.mac.or(read).or(hidden) else {
             let problem = "not attached: the guest's MAC address can't be read from this link; pass mac=MAC";
             self.found.warnings.push(warn(problem.to_owned()));
             return;
@@ -121,7 +126,11 @@ impl Picture {
             }
         }
         self.add_bridge(&link, &mut gateways);
-        if addresses.is_empty() {
+        if mac == OUT_OF_SIGHT {
+            let problem =
+                "the other end of this link can't be found: it is denied everything until it is; pass mac=MAC";
+            self.found.warnings.push(warn(problem.to_owned()));
+        } else if addresses.is_empty() {
             self.found.warnings.push(warn("no address of it is known; pass ip=ADDR if it has one".to_owned()));
         }
         let same = |other: &&Attachment| {
@@ -195,7 +204,7 @@ impl Picture {
             let Endpoint { mac, addresses } = endpoint.unwrap_or_else(|| {
                 let problem = format!("its interface {:?} is none that docker made: nothing passes there", row.name);
                 self.warn(owner, problem);
-                Endpoint { mac: NOBODY, addresses: Vec::new() }
+                Endpoint { mac: OUT_OF_SIGHT, addresses: Vec::new() }
             });
             let mut gateways = inside.gateways_of(row.index);
             self.add_bridge(&link, &mut gateways);
@@ -221,8 +230,9 @@ impl Picture {
         }
     }
 
-    /// The host's own addresses on the link's segment.
+    /// Leaves of the next hops the host's own, and adds the host's addresses on the link's segment.
     fn add_bridge(&self, link: &LinkRow, gateways: &mut Vec<IpAddr>) {
+        gateways.retain(|gateway| self.host.addresses.iter().any(|row| row.address == *gateway));
         let owner = link.master.unwrap_or(link.index);
         self.host.addresses_of(owner).into_iter().for_each(|address| push_new(gateways, address));
     }
@@ -252,9 +262,6 @@ fn exits(inside: &Snapshot) -> Vec<&LinkRow> {
     });
     exits
 }
-
-/// The MAC address of an interface that may not send anything: no station's (IEEE 802: all zeros).
-const NOBODY: [u8; 6] = [0; 6];
 
 /// Which of Docker's endpoints each of a container's interfaces is. The guest can change its own MAC and IP addresses,
 /// so they only tell which endpoint is meant; what counts is Docker's. Where they tell nothing and just one endpoint is

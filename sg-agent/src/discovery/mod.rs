@@ -26,6 +26,7 @@ mod publish;
 mod search;
 mod watch;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -77,21 +78,25 @@ pub struct Attachment {
     pub device_index: u32,
     /// The host-side link, which programs are attached to.
     pub link: Link,
-    /// The MAC address of the *container's* side.
+    /// The MAC address of the *container's* side; [`OUT_OF_SIGHT`] if that side can't be found any more.
     pub mac: [u8; 6],
     /// The real addresses of the container's side: primary IPv4, secondary IPv4, IPv6, link-local IPv6. A flag's
     /// `ip=` ones come before those. Never Docker's idea of them.
     pub addresses: Vec<IpAddr>,
     /// The prefixes that are on-link there, fe80::/64 included.
     pub networks: Vec<IpNet>,
-    /// The next hops of the container's default routes over this interface, then the addresses of the bridge that
-    /// the host-side link is a port of (or of that link itself, if it is no bridge's).
+    /// The host's own addresses that the container's default routes over this interface lead to, then those of the
+    /// bridge that the host-side link is a port of (or of that link itself, if it is no bridge's). Another next hop
+    /// is none: an instance chooses its routes itself, and what is a gateway may serve what groups don't filter.
     pub gateways: Vec<IpAddr>,
     /// Who said that this is an instance.
     pub origin: Origin,
     /// Ports to publish: on the first attachment of a container, empty on its others.
     pub publish: Vec<PublishSpec>,
 }
+
+/// Stands for the MAC address of an end that can't be found: no frame has it as its source, so nothing is sent.
+pub const OUT_OF_SIGHT: [u8; 6] = [0xff; 6];
 
 /// A link in the agent's own network namespace.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize)]
@@ -126,6 +131,35 @@ pub struct Discovered {
     pub attachments: Vec<Attachment>,
     /// What can't be enforced, or was left out, and why; sorted.
     pub warnings: Vec<Warning>,
+    /// The containers that claim to be instances, by id, whether or not their links were found.
+    pub containers: BTreeSet<String>,
+    /// The indices of all links in the agent's own network namespace.
+    pub links: BTreeSet<u32>,
+}
+
+impl Discovered {
+    /// Keeps those links of the last picture whose container still runs, but whose other end isn't found in it any
+    /// more: an instance that moves its end to where nobody sees it must not be rid of its rules by that.
+    pub fn keep_hidden(&mut self, last: Self) {
+        let found: BTreeSet<u32> = self.attachments.iter().map(|attachment| attachment.link.ifindex).collect();
+        for mut attachment in last.attachments {
+            let Origin::Docker { container, name, .. } = &attachment.origin else { continue };
+            let is_there = self.containers.contains(container) && self.links.contains(&attachment.link.ifindex);
+            if !is_there || found.contains(&attachment.link.ifindex) {
+                continue;
+            }
+            let problem = format!(
+                "the other end of its link {:?} can't be found: it is denied everything until it is",
+                attachment.link.name
+            );
+            self.warnings.push(Warning { subject: docker::subject(name), problem });
+            attachment.mac = OUT_OF_SIGHT;
+            attachment.addresses.clear();
+            self.attachments.push(attachment);
+        }
+        self.warnings.sort();
+        self.attachments.sort_by_key(|a| (a.instance.clone(), a.device_index, a.link.ifindex));
+    }
 }
 
 /// Why there is no full picture. The last one stays valid: never take this for 'no containers'.
