@@ -5,8 +5,9 @@
 //! is only reported once both of its ends agree that they are each other's: the host-side veth's peer index and
 //! peer namespace must be the container's.
 //!
-//! What is said about the inside of a container (MAC, addresses) is read by netlink in its network namespace, not
-//! taken from Docker: a guest with CAP_NET_ADMIN can change it, and then this reports the change.
+//! A container's MAC and IP addresses are those that Docker gave it: a guest with CAP_NET_ADMIN can change what its own
+//! side says, which only tells which of Docker's endpoints an interface is. The other end of a link that a flag names is
+//! read by netlink; whom an address belongs to is `resolve`'s to decide. Pass `ip=` and `mac=` where a guest isn't trusted.
 //!
 //! Containers that share one network namespace are one instance, attached once: the one that the first of them by name
 //! claims. Those that claim another are warned about. A link that a flag names is the flag's, whatever its container
@@ -80,8 +81,8 @@ pub struct Attachment {
     pub link: Link,
     /// The MAC address of the *container's* side; [`OUT_OF_SIGHT`] if that side can't be found any more.
     pub mac: [u8; 6],
-    /// The real addresses of the container's side: primary IPv4, secondary IPv4, IPv6, link-local IPv6. A flag's
-    /// `ip=` ones come before those. Never Docker's idea of them.
+    /// The real addresses: of a container those that Docker gave, IPv4 first; of a flag's link its `ip=` ones, then what
+    /// is read from the other end (primary IPv4, secondary IPv4, IPv6, link-local IPv6).
     pub addresses: Vec<IpAddr>,
     /// The prefixes that are on-link there, fe80::/64 included.
     pub networks: Vec<IpNet>,

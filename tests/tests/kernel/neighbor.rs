@@ -57,6 +57,7 @@ pub fn forged_arp_is_not_sent() {
             ("a question that teaches A's address", arp(B, 1, B.mac, A.v4, X.v4), forged),
             ("with A's MAC address inside", arp(B, 2, A.mac, B.v4, A.v4), forged),
             ("with A's MAC address outside", arp(B.with_mac(A.mac), 2, B.mac, B.v4, A.v4), Err(Drop::SourceMac)),
+            ("a probe for another's address", arp(B, 1, B.mac, Ipv4Addr::UNSPECIFIED, A.v4), forged),
             ("a probe with another's MAC address", arp(B, 1, A.mac, Ipv4Addr::UNSPECIFIED, B.v4), forged),
         ] {
             assert_eq!(lab.run(B, Direction::Egress, &frame), expected, "SG-4.3: {what}");
@@ -122,7 +123,11 @@ pub fn forged_discovery_is_not_sent() {
         let mut nonce_first = neighbor_solicitation(B, A.v6);
         nonce_first.payload.truncate(16);
         nonce_first.payload.extend([14, 1, 1, 2, 3, 4, 5, 6]);
-        let alone = nonce_first.clone().from_address("::");
+        // Duplicate address detection, for another's address and for its own.
+        let theirs = nonce_first.clone().from_address("::");
+        let mut alone = neighbor_solicitation(B, B.v6).from_address("::");
+        alone.payload.truncate(16);
+        alone.payload.extend([14, 1, 1, 2, 3, 4, 5, 6]);
         nonce_first.payload.extend([1, 1]);
         nonce_first.payload.extend(router);
         run(
@@ -132,6 +137,7 @@ pub fn forged_discovery_is_not_sent() {
                 leaves(two, FORGED),
                 leaves(long, FORGED),
                 leaves(none, NEIGHBOR),
+                leaves(theirs, FORGED),
                 leaves(alone, NEIGHBOR),
                 leaves(nonce_first, FORGED),
             ],
