@@ -48,6 +48,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         let venv = Venv::ensure()?;
         (Some(Moto::start(&venv, options.moto_port)?), venv.aws().display().to_string())
     };
+    let sudo = if cmd::is_root() { "" } else { "sudo " };
+    let docker = engine.as_ref().is_some_and(Engine::needs_root).then_some("sudo docker");
+    let commands = Commands { aws, sg_agent: format!("{sudo}{}", agent.display()), docker };
     let endpoint = options.endpoint_url.clone().or_else(|| moto.as_ref().map(Moto::endpoint));
 
     // sudo drops the environment: what the agent reads is named.
@@ -65,7 +68,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if let Some(endpoint) = &endpoint {
         command.args(["--endpoint-url", endpoint]);
         if moto.is_some() {
-            print!("{}", how_to(endpoint, &aws));
+            print!("{}", how_to(endpoint, &commands));
         }
     }
     command.args(&options.agent);
@@ -105,26 +108,45 @@ fn foreground(command: &mut Command) -> Result<ExitCode> {
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
-fn how_to(endpoint: &str, aws: &str) -> String {
+/// What the how-to names: the commands as they are to be typed.
+struct Commands {
+    aws: String,
+    sg_agent: String,
+    /// Only where it isn't just `docker`.
+    docker: Option<&'static str>,
+}
+
+fn how_to(endpoint: &str, commands: &Commands) -> String {
     let exports: Vec<_> = moto::CREDENTIALS.iter().map(|(name, value)| format!("{name}={value}")).collect();
     let exports = exports.join(" ");
+    let mut aliases = format!("alias aws={} sg-agent={}", cmd::quote(&commands.aws), cmd::quote(&commands.sg_agent));
+    if let Some(docker) = commands.docker {
+        aliases += &format!(" docker={}", cmd::quote(docker));
+    }
     format!(
         "
 Moto is the control plane. In another terminal:
 
   export AWS_ENDPOINT_URL={endpoint} {exports}
-  alias aws={aws}
+  {aliases}
 
 1. a group, and a rule in it:
   SG=$(aws ec2 create-security-group --group-name web --description web --query GroupId --output text)
   aws ec2 authorize-security-group-ingress --group-id $SG --protocol tcp --port 22 --cidr 0.0.0.0/0
 2. an instance in the group:
   ID=$(aws ec2 run-instances --image-id ami-12c6146b --security-group-ids $SG --query 'Instances[0].InstanceId' --output text)
-3. the container that stands for it, port 22 published on the host's 32022:
+3. the container that stands for it, port 22 published on the host's 32022; IMAGE is any that runs an SSH server:
   docker run -d --label dev.sg-agent.instance-id=$ID --label dev.sg-agent.publish=32022=22 IMAGE
+4. what is enforced, by which rule one gets in, and getting in:
+  sg-agent status --wait 10
+  sg-agent explain --to $ID --from 127.0.0.1 --port 22
+  ssh -p 32022 root@127.0.0.1
+5. the rule goes, and nobody gets in:
+  aws ec2 revoke-security-group-ingress --group-id $SG --protocol tcp --port 22 --cidr 0.0.0.0/0
+  sg-agent status --wait 10
 
-Then `sg-agent status` shows what is enforced, and `aws ec2 revoke-security-group-ingress` changes it.
-`cargo xtask demo` plays such a session by itself.
+Moto forgets everything when it ends; what is enforced stays until `sg-agent detach`.
+`cargo xtask demo` plays such a session by itself, with an image of its own.
 
 "
     )
@@ -135,9 +157,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_how_to_names_the_endpoint_and_credentials() {
-        let text = how_to("http://127.0.0.1:5001", "/w/target/venv/bin/aws");
+    fn the_how_to_names_the_endpoint_credentials_and_commands() {
+        let mut commands = Commands {
+            aws: "/w/target/venv/bin/aws".to_owned(),
+            sg_agent: "sudo /w/target/release/sg-agent".to_owned(),
+            docker: None,
+        };
+        let text = how_to("http://127.0.0.1:5001", &commands);
         assert!(text.contains("AWS_ENDPOINT_URL=http://127.0.0.1:5001 AWS_ACCESS_KEY_ID=test "), "{text}");
-        assert!(text.contains("alias aws=/w/target/venv/bin/aws\n"), "{text}");
+        let aliases = "alias aws=/w/target/venv/bin/aws sg-agent='sudo /w/target/release/sg-agent'";
+        assert!(text.contains(&format!("{aliases}\n")), "{text}");
+        commands.docker = Some("sudo docker");
+        let text = how_to("http://127.0.0.1:5001", &commands);
+        assert!(text.contains(&format!("{aliases} docker='sudo docker'\n")), "{text}");
     }
 }

@@ -65,6 +65,11 @@ impl Engine {
         docker(self.sudo)
     }
 
+    /// Does one need root to talk to it?
+    pub fn needs_root(&self) -> bool {
+        self.sudo
+    }
+
     fn wait(&mut self) -> Result<()> {
         let mut progress = Progress::start("waiting for the Docker engine");
         let end = Instant::now() + START;
