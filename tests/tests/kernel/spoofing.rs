@@ -26,7 +26,7 @@ pub fn the_check_is_on() {
                 leaves(from("10.0.9.9"), SOURCE),
                 leaves(from("10.0.1.10"), SOURCE),
                 leaves(from("0.0.0.0"), SOURCE),
-                leaves(from("255.255.255.255"), SOURCE),
+                leaves(from("255.255.255.255"), Err(Drop::Martian)),
                 leaves(from("169.254.169.254"), SOURCE),
                 leaves(from6("2001:db8:1::b"), Ok(Pass::Untracked)),
                 leaves(from6("2001:db8:1::a"), SOURCE),
