@@ -21,7 +21,7 @@ use sg_common::verdict::{Drop, Pass, Verdict, number};
 use crate::cast::{Host, INSTANCES, ROUTER};
 use crate::netns::link;
 use crate::packets::Packet;
-use crate::reference::Reference;
+use crate::reference::{Reference, clock};
 use crate::text::rules;
 
 pub use world::{ACL, SUBNET_1, SUBNET_2, acl_entry, attachment, eni, instance_id, inventory, put_acl, scope};
@@ -39,6 +39,8 @@ pub struct Lab {
     counters: HashMap<(u32, u8, u8), Count>,
     reference: Reference,
     config: Config,
+    /// The programs' time. It stands still but for [`Lab::advance`], or how slow a machine is would decide about flows.
+    now: u64,
     /// Marks the packets that follow.
     pub mark: u32,
 }
@@ -75,6 +77,8 @@ impl Lab {
             counters: HashMap::new(),
             reference: Reference::new(config),
             config,
+            // Ahead of the machine's clock for as long as any test takes.
+            now: clock() + 86_400_000_000_000,
             mark: 0,
         };
         lab.rules("sgB", text);
@@ -150,7 +154,14 @@ impl Lab {
 
     /// Lets time pass.
     pub fn advance(&mut self, milliseconds: u64) {
-        self.configure(|config| config.clock_advance += milliseconds * 1_000_000);
+        self.now += milliseconds * 1_000_000;
+        self.set_clock();
+    }
+
+    /// What has passed by the machine's clock since the last call is taken away again.
+    fn set_clock(&mut self) {
+        let advance = self.now - clock();
+        self.configure(|config| config.clock_advance = advance);
     }
 
     /// What happens to a packet that arrives at an instance's interface.
@@ -188,6 +199,7 @@ impl Lab {
 
     /// The same by the link's index, which need not be an instance's.
     pub fn run_on(&mut self, ifindex: u32, direction: Direction, frame: &[u8]) -> Verdict {
+        self.set_clock();
         let expected = self.reference.run(ifindex, direction, frame, self.mark);
         if !is_taken(frame) {
             return expected;

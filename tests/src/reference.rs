@@ -97,9 +97,7 @@ impl Tables for Reference {
 
 impl Memory for Reference {
     fn now(&self) -> u64 {
-        // The clock of bpf_ktime_get_coarse_ns.
-        let now = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).expect("a clock that Linux always has");
-        now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64 + self.config.clock_advance
+        clock() + self.config.clock_advance
     }
 
     fn hold<'a>(&'a self, packet: &'a Packet) -> Option<&'a Packet> {
@@ -136,4 +134,10 @@ impl Memory for Reference {
     fn fragment(&self, key: &FragmentKey) -> Option<u16> {
         self.fragments.borrow().get(key).copied()
     }
+}
+
+/// The clock of `bpf_ktime_get_coarse_ns`, in nanoseconds.
+pub(crate) fn clock() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).expect("a clock that Linux always has");
+    now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
 }

@@ -80,7 +80,11 @@ fn oracle_tables_and_kernel_agree_about_new_flows() {
         let judged = judged.into_inner();
         println!("denied by rules, by the ACL, new, untracked, other: {judged:?}");
         let total: usize = judged.iter().sum();
-        assert!(judged[..4].iter().all(|&count| count > total / 100), "one kind of verdict hardly comes: {judged:?}");
+        let hardly_comes = |&count: &usize| count <= total / 100;
+        // A run that was made short says nothing about it.
+        if total >= VERDICTS as usize {
+            assert!(!judged[..4].iter().any(hardly_comes), "one kind of verdict hardly comes: {judged:?}");
+        }
     });
 }
 

@@ -20,6 +20,8 @@ use crate::{agent_image, build, cmd, ebpf, ui, vm, workspace};
 /// The package of the packet-level and end-to-end tests; each of its files is in the set that it is named after.
 const TESTS: &str = "tests";
 
+/// Of the set 'kernel' what needs the sources and no kernel.
+const NORM: &str = "kernel_norm";
 /// Of the set 'netns' what is run there when nothing else is asked for: rules with real traffic, and what is done
 /// differently without TCX.
 const SLOW_NETNS: [&str; 4] = ["rules::", "restart::a_killed", "restart::a_fresh", "restart::detach"];
@@ -311,6 +313,7 @@ impl Runner {
     fn on_kernel(&mut self, version: &str, counts: &mut Counts) -> Result<Outcome> {
         let mut targets = files(Set::Kernel)?;
         targets.extend(files(Set::Netns)?);
+        targets.retain(|target| target != NORM);
         ensure!(!targets.is_empty(), "there are no tests in tests/tests/kernel.rs and tests/tests/netns.rs");
         if let Err(error) = vm::ensure_tools() {
             return Ok(Outcome::Skipped(format!("{error:#}")));
