@@ -268,7 +268,9 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         if thread::panicking() {
-            eprintln!("--- the agent's log ---\n{}---", self.log());
+            let counted = self.command().args(["status", "--json"]).output();
+            let counted = counted.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+            eprintln!("--- the agent's log ---\n{}--- its status ---\n{}---", self.log(), counted.unwrap_or_default());
         }
         if let Some(mut child) = self.child.take() {
             // Not gently: whatever is left is taken away below.
