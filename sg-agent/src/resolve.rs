@@ -193,6 +193,34 @@ pub struct Resolver {
     groups: Numbers<(Scope, GroupId)>,
     subnets: Numbers<(Scope, SubnetId)>,
     vpcs: Numbers<(Scope, VpcId)>,
+    holders: Holders,
+}
+
+/// Which link had an address first, for as long as that link is there: what a guest gives itself later takes nothing
+/// from a neighbour.
+#[derive(Debug, Default)]
+struct Holders {
+    addresses: HashMap<(Scope, Option<VpcId>, IpAddr), u32>,
+    macs: HashMap<[u8; 6], u32>,
+}
+
+impl Holders {
+    /// Takes note of what is accepted to be each link's own.
+    fn note(&mut self, placements: &[Placement]) {
+        let links: BTreeSet<u32> = placements.iter().map(|placement| placement.attachment.link.ifindex).collect();
+        self.addresses.retain(|_, link| links.contains(link));
+        self.macs.retain(|_, link| links.contains(link));
+        for placement in placements {
+            let link = placement.attachment.link.ifindex;
+            let (scope, vpc) = placement.network();
+            for &address in &placement.addresses {
+                self.addresses.entry((scope.clone(), vpc.cloned(), address)).or_insert(link);
+            }
+            if placement.mac != OUT_OF_SIGHT {
+                self.macs.entry(placement.mac).or_insert(link);
+            }
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -234,7 +262,8 @@ impl Resolver {
             desired.warnings.extend(inventory.warnings.iter().cloned());
         }
         let mut placements = place(world, default, attachments, &mut desired.warnings);
-        keep_uncontested(world, &mut placements, &mut desired.warnings);
+        keep_uncontested(world, &self.holders, &mut placements, &mut desired.warnings);
+        self.holders.note(&placements);
         let given = given(&placements);
         for placement in &placements {
             let interface = self.interface(world, placement, &given, &mut desired);
@@ -601,8 +630,8 @@ fn given(placements: &[Placement]) -> Given {
 
 /// Leaves out real addresses that are somebody else's, where they were read from the guest, which can give itself any:
 /// the control plane's assignment goes first, the router's address is nobody's, and one that two interfaces of a VPC
-/// have is neither's.
-fn keep_uncontested(world: &World, placements: &mut [Placement], warnings: &mut BTreeSet<Warning>) {
+/// have is the one's that had it first, or else neither's. MAC addresses the same way.
+fn keep_uncontested(world: &World, holders: &Holders, placements: &mut [Placement], warnings: &mut BTreeSet<Warning>) {
     let mut claims: HashMap<(Scope, Option<VpcId>, IpAddr), usize> = HashMap::new();
     for placement in placements.iter() {
         let (scope, vpc) = placement.network();
@@ -615,7 +644,9 @@ fn keep_uncontested(world: &World, placements: &mut [Placement], warnings: &mut 
     let gateways: BTreeSet<IpAddr> =
         placements.iter().flat_map(|placement| placement.attachment.gateways.iter().copied()).collect();
     for placement in placements.iter_mut().filter(|placement| !placement.is_given()) {
-        if placement.mac != OUT_OF_SIGHT && macs[&placement.mac] > 1 {
+        let link = placement.attachment.link.ifindex;
+        let is_holder = holders.macs.get(&placement.mac) == Some(&link);
+        if placement.mac != OUT_OF_SIGHT && macs[&placement.mac] > 1 && !is_holder {
             placement.mac = OUT_OF_SIGHT;
             warnings.insert(Warning {
                 subject: placement.attachment.instance.to_string(),
@@ -633,7 +664,9 @@ fn keep_uncontested(world: &World, placements: &mut [Placement], warnings: &mut 
         placement.addresses = addresses
             .into_iter()
             .filter(|address| {
-                let is_shared = claims.get(&(scope.clone(), vpc.clone(), *address)).is_some_and(|&claims| claims > 1);
+                let key = (scope.clone(), vpc.clone(), *address);
+                let is_holder = holders.addresses.get(&key) == Some(&link);
+                let is_shared = !is_holder && claims.get(&key).is_some_and(|&claims| claims > 1);
                 let is_foreign = others.contains(address) || gateways.contains(address) || is_shared;
                 if is_foreign && !placement.is_assigned(address) {
                     warnings.insert(Warning {
@@ -756,6 +789,34 @@ mod tests {
             origin: Origin::Flag,
             publish: Vec::new(),
         }
+    }
+
+    #[test]
+    fn what_a_guest_gives_itself_takes_nothing_from_who_had_it_first() {
+        let mut thief = attachment();
+        thief.link = Link { ifindex: 6, name: "veth6".into() };
+        (thief.mac, thief.addresses) = ([2, 0, 0, 0, 0, 6], vec!["10.0.0.6".parse().expect("an address")]);
+        let owner = attachment();
+        let mut resolver = Resolver::default();
+        let mut own = |attachments: &[Attachment]| {
+            let desired = resolver.resolve(&World::new(), &scope(), attachments);
+            let of = |link: u32| (desired.interfaces[&link].mac, desired.interfaces[&link].addresses.clone());
+            (of(6), of(7), desired.warnings)
+        };
+        let (honest, before, _) = own(&[thief.clone(), owner.clone()]);
+        assert_eq!(before, (owner.mac, owner.addresses.clone()));
+        thief.addresses.extend(&owner.addresses);
+        thief.mac = owner.mac;
+        let (stolen, after, warnings) = own(&[thief.clone(), owner.clone()]);
+        assert_eq!(after, before, "the owner keeps what it had");
+        assert_eq!(stolen, (OUT_OF_SIGHT, honest.1), "the thief gets nothing of it");
+        assert!(warnings.iter().any(|warning| warning.problem.contains("10.0.0.1")), "{warnings:?}");
+        // Nor does it become the holder while the owner's address is away for a moment.
+        let mut away = owner.clone();
+        away.addresses.clear();
+        own(&[thief.clone(), away]);
+        let (_, back, _) = own(&[thief, owner]);
+        assert_eq!(back, before);
     }
 
     #[test]
