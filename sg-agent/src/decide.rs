@@ -173,6 +173,7 @@ mod tests {
             vpc: VPC,
             mac: [2, 0, 0, 0, 0, 7],
             addresses: vec!["10.0.1.7".parse().unwrap()],
+            prefixes: Vec::new(),
             subnet_number: None,
             subnet: vec!["10.0.1.0/24".parse().unwrap()],
             source_dest_check: true,
@@ -254,8 +255,8 @@ mod tests {
         (allowance.peer, allowance.peers) = (Peer::Group(GroupId::from("sg-web")), Peers::Group(WEB));
         let mut snapshot = ingress(vec![allowance]);
         let member = tables::member(&resolve::Membership { groups: BTreeSet::from([WEB]), subnet: None }).unwrap();
-        snapshot.tables.members.insert((VPC, "10.0.1.8".parse().unwrap()), member);
-        snapshot.tables.members.insert((VPC + 1, "10.0.1.9".parse().unwrap()), member);
+        snapshot.tables.members.insert((VPC, "10.0.1.8/32".parse().unwrap()), member);
+        snapshot.tables.members.insert((VPC + 1, "10.0.1.9/32".parse().unwrap()), member);
         check(&snapshot, Direction::Ingress, "10.0.1.8", TCP, 3306, Ok(Pass::New));
         check(&snapshot, Direction::Ingress, "10.0.1.9", TCP, 3306, Err(Drop::NoRule));
     }

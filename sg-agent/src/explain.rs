@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 use sg_common::abi::{Direction, HAS_RULES};
 use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
+use sg_common::policy::Tables as _;
 use sg_common::verdict::Drop;
 
 use crate::apply::{Enforced, Snapshot};
@@ -162,11 +163,8 @@ fn gate(snapshot: &Snapshot, at: (u32, &Enforced), direction: Direction, peer: I
     let rules = rules(snapshot, &interface.policy, direction);
     let vpc = interface.vpc;
     let is_member = |address: IpAddr, group: u32| {
-        snapshot
-            .tables
-            .members
-            .get(&(vpc, address))
-            .is_some_and(|member| member.groups.iter().take(member.count as usize).any(|&its| its == group))
+        let member = snapshot.tables.member(vpc, &address.into());
+        member.is_some_and(|member| member.groups.iter().take(member.count as usize).any(|&its| its == group))
     };
     let allowing = oracle::allowing(rules, &is_member, &question);
     let reason = verdict.err().map(|drop| reason(snapshot, enforced, direction, drop));
@@ -233,7 +231,7 @@ fn same_family(peer: &Peer, address: IpAddr) -> bool {
     match peer {
         Peer::Ipv4(_) => address.is_ipv4(),
         Peer::Ipv6(_) => address.is_ipv6(),
-        Peer::Group(_) | Peer::PrefixList(_) => true,
+        Peer::Group(_) | Peer::ForeignGroup { .. } | Peer::PrefixList(_) => true,
     }
 }
 
@@ -255,6 +253,7 @@ impl RuleText {
                 Peer::Ipv4(network) => network.to_string(),
                 Peer::Ipv6(network) => network.to_string(),
                 Peer::Group(group) => group.to_string(),
+                Peer::ForeignGroup { account, group } => format!("{account}/{group}"),
                 Peer::PrefixList(list) => list.to_string(),
             },
         }

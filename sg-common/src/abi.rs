@@ -201,18 +201,24 @@ pub struct ReferenceKey {
 }
 const _: () = assert!(size_of::<ReferenceKey>() == 8);
 
+/// The length of the IPv6 prefixes that EC2 delegates to interfaces.
+pub const DELEGATED_LENGTH: u8 = 80;
+/// In the number of a [`MemberKey`] or [`OwnKey`]: the entry is of a delegated IPv6 prefix, and the address its first
+/// one. A hash holds both that way; no number comes near.
+pub const DELEGATED: u32 = 1 << 31;
+
 /// Key of the map `MEMBERS`.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct MemberKey {
-    /// The VPC from which the address is seen.
+    /// The VPC from which the address is seen; with [`DELEGATED`], a prefix.
     pub vpc: u32,
     /// A private address of a group's member.
     pub address: Address,
 }
 const _: () = assert!(size_of::<MemberKey>() == 20);
 
-/// The groups that an address is in, as far as any rule refers to them, and its subnet if that has an ACL. One write
+/// The groups that an address (or delegated prefix) is in, as far as any rule refers to them, and its subnet if that has an ACL. One write
 /// changes a membership for every policy at once.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -226,11 +232,11 @@ pub struct Member {
 }
 const _: () = assert!(size_of::<Member>() == 8 + 4 * GROUPS_PER_MEMBER);
 
-/// Key of the map `SECONDARIES`: an interface's own address that is not a primary one. Its value is 1.
+/// Key of the map `SECONDARIES`: an interface's own address that is not a primary one, or its delegated prefix. Its value is 1.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct OwnKey {
-    /// The interface's number.
+    /// The interface's number; with [`DELEGATED`], the address is a prefix.
     pub eni: u32,
     /// The address.
     pub address: Address,

@@ -89,6 +89,12 @@ impl Address {
         ((a[0] ^ n[0]) & m[0]) | ((a[1] ^ n[1]) & m[1]) | ((a[2] ^ n[2]) & m[2]) | ((a[3] ^ n[3]) & m[3]) == 0
     }
 
+    /// The first address of the IPv6 prefix of [`crate::abi::DELEGATED_LENGTH`] that this one is in.
+    #[inline(always)]
+    pub const fn delegated(&self) -> Self {
+        Self([self.0[0], self.0[1], self.0[2] & 0xffff_0000_u32.to_be(), 0])
+    }
+
     /// The mask of a prefix of `length` bits, counted in the mapped form: an IPv4 `/24` has 120.
     pub const fn mask(length: u8) -> Self {
         let bits = if length == 0 { 0 } else { u128::MAX << (128 - length as u32) };

@@ -26,12 +26,28 @@ pub trait Tables {
     fn cells(&self, table: u32, policy: &Policy, word: u32) -> u64;
     /// `REFERENCES`: the row of a referenced group.
     fn reference(&self, table: u32, group: u32) -> u32;
-    /// `MEMBERS`: the groups that an address is in.
-    fn member(&self, vpc: u32, peer: &Address) -> Option<&Member>;
-    /// `SECONDARIES`.
-    fn is_secondary(&self, eni: u32, address: &Address) -> bool;
+    /// The entry of `MEMBERS` with this key.
+    fn membership(&self, vpc: u32, address: &Address) -> Option<&Member>;
+    /// Whether `SECONDARIES` has this key.
+    fn has_own(&self, eni: u32, address: &Address) -> bool;
     /// `EXEMPT`.
     fn is_exempt(&self, vpc: u32, address: &Address, protocol: u8, port: u16) -> bool;
+
+    /// The groups that an address is in, by itself or by its delegated prefix (SG-1.9).
+    #[inline(always)]
+    fn member(&self, vpc: u32, peer: &Address) -> Option<&Member> {
+        let by_itself = self.membership(vpc, peer);
+        if by_itself.is_some() || peer.is_v4() {
+            return by_itself;
+        }
+        self.membership(vpc | abi::DELEGATED, &peer.delegated())
+    }
+
+    /// Whether an address is an interface's own beyond the primary ones, by itself or by its delegated prefix.
+    #[inline(always)]
+    fn is_secondary(&self, eni: u32, address: &Address) -> bool {
+        self.has_own(eni, address) || (!address.is_v4() && self.has_own(eni | abi::DELEGATED, &address.delegated()))
+    }
 
     /// What a table says, by [`find`]: the kernel's way there is a function call, so that it is verified once.
     #[inline(always)]

@@ -181,13 +181,13 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn member(&self, vpc: u32, peer: &Address) -> Option<&Member> {
+    fn membership(&self, vpc: u32, address: &Address) -> Option<&Member> {
         // SAFETY: see `interface`.
-        unsafe { MEMBERS.get(MemberKey { vpc, address: *peer }) }
+        unsafe { MEMBERS.get(MemberKey { vpc, address: *address }) }
     }
 
     #[inline(always)]
-    fn is_secondary(&self, eni: u32, address: &Address) -> bool {
+    fn has_own(&self, eni: u32, address: &Address) -> bool {
         // SAFETY: see `interface`.
         unsafe { SECONDARIES.get(OwnKey { eni, address: *address }) }.is_some()
     }

@@ -1,8 +1,12 @@
 //! The kernel's programs, packet by packet: rules, packets, verdicts and reasons. Each test cites the statements of
 //! the norm that it shows (`SG-3.2`); every packet is also held against the pipeline in memory (`tests::lab`).
 
+#[path = "kernel/accounts.rs"]
+mod accounts;
 #[path = "kernel/acl.rs"]
 mod acl;
+#[path = "kernel/addresses.rs"]
+mod addresses;
 #[path = "kernel/cases.rs"]
 mod cases;
 #[path = "kernel/cut.rs"]

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use sg_common::abi::{self, Binding, Config, ExemptKey, MemberKey};
+use sg_common::abi::{self, Binding, Config, ExemptKey};
 
 use members::Members;
 pub use policies::Usage;
@@ -387,16 +387,15 @@ impl Applier {
     }
 
     fn replace_members(&mut self, members: &Members) -> Result<(), ApplyError> {
-        let key = |&(vpc, address): &(u32, IpAddr)| MemberKey { vpc, address: address.into() };
         let failed = |error| DatapathError::Write { map: "MEMBERS", error };
         let gone: Vec<_> = self.tables.members.keys().filter(|place| !members.contains_key(place)).copied().collect();
         for place in gone {
-            absent_is_fine(self.maps.members.remove(&key(&place))).map_err(failed)?;
+            absent_is_fine(self.maps.members.remove(&members::key(&place))).map_err(failed)?;
             self.tables.members.remove(&place);
         }
         for (place, member) in members {
             if self.tables.members.get(place) != Some(member) {
-                self.maps.members.insert(key(place), member, 0).map_err(failed)?;
+                self.maps.members.insert(members::key(place), member, 0).map_err(failed)?;
                 self.tables.members.insert(*place, *member);
             }
         }
@@ -435,7 +434,8 @@ impl Applier {
 const MOST_BOUND: u32 = abi::MAX_BINDINGS - 1;
 
 fn check_counts(desired: &Desired, members: &Members) -> Result<(), ApplyError> {
-    let addresses = desired.interfaces.values().map(|interface| interface.addresses.len()).sum();
+    let addresses =
+        desired.interfaces.values().map(|interface| interface.addresses.len() + interface.prefixes.len()).sum();
     check("interfaces", desired.interfaces.len(), abi::MAX_INTERFACES)?;
     check("members' addresses", members.len(), abi::MAX_MEMBERS)?;
     check("own addresses", addresses, abi::MAX_SECONDARIES)?;

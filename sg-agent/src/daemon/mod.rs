@@ -325,7 +325,8 @@ impl Daemon {
     /// Asks the sources for what is attached.
     fn want(&mut self) {
         let mut warnings = Vec::new();
-        self.pollers.want(&self.discovered.attachments, &mut warnings);
+        let references = resolve::foreign_references(&self.world);
+        self.pollers.want(&self.discovered.attachments, references, &mut warnings);
         self.poller_warnings = warnings;
     }
 
@@ -374,6 +375,7 @@ impl Daemon {
     fn is_complete(&self) -> bool {
         self.looked_error.is_none()
             && self.pollers.running.values().all(|poller| poller.last_success().is_some())
+            && self.pollers.running.values().all(|poller| poller.unread_groups().is_empty())
             && self.discovered.attachments.iter().all(|attachment| !self.is_new(&attachment.instance.0))
     }
 
@@ -467,8 +469,10 @@ impl Daemon {
         let unattached = unattached.map(|enforced| format!("link {} is not enforced", enforced.interface.link));
         let unasked = self.discovered.attachments.iter().filter(|attachment| self.is_new(&attachment.instance.0));
         let unasked = unasked.map(|attachment| format!("instance {} was not read yet", attachment.instance));
+        let unread = self.pollers.running.values().flat_map(Poller::unread_groups);
+        let unread = unread.map(|group| format!("security group {group} was not read yet"));
         let errors = self.apply_error.iter().chain(&self.looked_error).cloned();
-        unattached.chain(unasked).chain(errors).collect()
+        unattached.chain(unasked).chain(unread).chain(errors).collect()
     }
 
     fn status(&self) -> Status {

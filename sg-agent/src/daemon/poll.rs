@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 
 use super::Event;
 use super::pollers::Hint;
-use crate::model::{InstanceId, Inventory, Scope};
+use crate::model::{GroupId, InstanceId, Inventory, Scope};
 use crate::source::{Ec2, Ec2Options, RulesFile, SourceError, Wanted};
 use crate::status::SourceStatus;
 
@@ -25,18 +25,18 @@ pub struct Polled {
     pub hint: Hint,
     /// When it began: what it says was so at that moment or later.
     began: Instant,
-    asked_for: BTreeSet<InstanceId>,
+    asked_for: Wanted,
     result: Result<(Scope, Inventory), SourceError>,
 }
 
 /// A task that reads a source, and what came of it.
 pub struct Poller {
     task: JoinHandle<()>,
-    wanted: watch::Sender<BTreeSet<InstanceId>>,
+    wanted: watch::Sender<Wanted>,
     hurry: Arc<Notify>,
     name: String,
     scope: Scope,
-    asked_for: BTreeSet<InstanceId>,
+    asked_for: Wanted,
     success: Option<Instant>,
     error: Option<String>,
 }
@@ -61,7 +61,7 @@ impl Poller {
         let ec2 = Ec2::new(options)?;
         let (scope, name) = (ec2.scope().clone(), ec2.endpoint());
         tracing::info!(endpoint = %name, region = %scope.region, "security groups are read from here");
-        let (wanted, mut wishes) = watch::channel(BTreeSet::new());
+        let (wanted, mut wishes) = watch::channel(nobody());
         let hurry = Arc::new(Notify::new());
         let hurried = Arc::clone(&hurry);
         let task = tokio::spawn(async move {
@@ -69,10 +69,7 @@ impl Poller {
             loop {
                 let began = Instant::now();
                 let asked_for = wishes.borrow_and_update().clone();
-                let result = ec2
-                    .inventory(&Wanted { instances: Some(asked_for.clone()) })
-                    .await
-                    .map(|inventory| (ec2.scope().clone(), inventory));
+                let result = ec2.inventory(&asked_for).await.map(|inventory| (ec2.scope().clone(), inventory));
                 pause = if result.is_ok() { interval } else { (pause * 2).min(LONGEST_PAUSE) };
                 let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, result });
                 if events.send(Event::Polled(polled)).await.is_err() {
@@ -91,7 +88,7 @@ impl Poller {
     /// Reads a rules file when it has changed.
     pub(super) fn of_file(path: PathBuf, hint: Hint, events: mpsc::Sender<Event>) -> Self {
         let scope = Scope { account: "123456789012".into(), region: "us-east-1".into() };
-        let (wanted, mut wishes) = watch::channel(BTreeSet::new());
+        let (wanted, mut wishes) = watch::channel(nobody());
         let hurry = Arc::new(Notify::new());
         let hurried = Arc::clone(&hurry);
         let (name, its_scope) = (path.display().to_string(), scope.clone());
@@ -123,19 +120,20 @@ impl Poller {
 
     fn new(
         task: JoinHandle<()>,
-        wanted: watch::Sender<BTreeSet<InstanceId>>,
+        wanted: watch::Sender<Wanted>,
         hurry: Arc<Notify>,
         name: String,
         scope: Scope,
     ) -> Self {
-        Self { task, wanted, hurry, name, scope, asked_for: BTreeSet::new(), success: None, error: None }
+        Self { task, wanted, hurry, name, scope, asked_for: nobody(), success: None, error: None }
     }
 
-    /// From now on, these instances are asked for; at once, if they are others than before.
-    pub(super) fn want(&self, instances: BTreeSet<InstanceId>) {
+    /// From now on, these instances are asked for, and these groups; at once, if they are others than before.
+    pub(super) fn want(&self, instances: BTreeSet<InstanceId>, groups: BTreeSet<GroupId>) {
+        let now = Wanted { instances: Some(instances), groups };
         self.wanted.send_if_modified(|wanted| {
-            let is_new = *wanted != instances;
-            *wanted = instances;
+            let is_new = *wanted != now;
+            *wanted = now;
             is_new
         });
     }
@@ -189,7 +187,12 @@ impl Poller {
 
     /// Whether a read that succeeded was about this instance.
     pub(super) fn has_asked_for(&self, instance: &InstanceId) -> bool {
-        self.asked_for.contains(instance)
+        self.asked_for.instances.as_ref().is_none_or(|instances| instances.contains(instance))
+    }
+
+    /// Groups that other accounts' rules refer to, and that no read that succeeded was about.
+    pub(super) fn unread_groups(&self) -> Vec<GroupId> {
+        self.wanted.borrow().groups.difference(&self.asked_for.groups).cloned().collect()
     }
 
     pub(super) fn status(&self) -> SourceStatus {
@@ -201,6 +204,11 @@ impl Poller {
             error: self.error.clone(),
         }
     }
+}
+
+/// What is asked for before anything is attached.
+fn nobody() -> Wanted {
+    Wanted { instances: Some(BTreeSet::new()), groups: BTreeSet::new() }
 }
 
 /// What changes when a file does, also by renaming another over it.

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use super::poll::Poller;
 use super::{Event, Options, Origins};
 use crate::discovery::Attachment;
-use crate::model::{InstanceId, Scope, Warning};
+use crate::model::{GroupId, InstanceId, Scope, Warning};
 use crate::source::Ec2Options;
 
 /// One poller for each account and region that something here is in.
@@ -62,8 +62,13 @@ impl Pollers {
         Ok(())
     }
 
-    /// Asks each scope for exactly the instances that are attached here.
-    pub(super) fn want(&mut self, attachments: &[Attachment], warnings: &mut Vec<Warning>) {
+    /// Asks each scope for exactly the instances that are attached here, and the groups that the others' rules refer to.
+    pub(super) fn want(
+        &mut self,
+        attachments: &[Attachment],
+        mut references: BTreeMap<Scope, BTreeSet<GroupId>>,
+        warnings: &mut Vec<Warning>,
+    ) {
         let own = self.own_scope();
         let mut wanted: BTreeMap<Hint, BTreeSet<InstanceId>> = BTreeMap::from([((None, None), BTreeSet::new())]);
         for attachment in attachments {
@@ -79,7 +84,7 @@ impl Pollers {
                 continue;
             }
             if let Some(poller) = self.running.get(&hint) {
-                poller.want(instances);
+                poller.want(instances, references.remove(&poller.scope()).unwrap_or_default());
             }
         }
     }

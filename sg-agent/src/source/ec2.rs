@@ -86,8 +86,15 @@ impl Ec2 {
     pub async fn inventory(&self, wanted: &Wanted) -> Result<Inventory, SourceError> {
         let mut facts = match &wanted.instances {
             None => self.everything().await?,
-            Some(instances) => self.of(instances.iter().map(|id| id.to_string()).collect()).await?,
+            Some(instances) => {
+                let text = |ids: &mut dyn Iterator<Item = String>| ids.collect::<BTreeSet<_>>();
+                let instances = text(&mut instances.iter().map(ToString::to_string));
+                self.of(instances, text(&mut wanted.groups.iter().map(ToString::to_string))).await?
+            }
         };
+        if let Some(what) = facts.contradiction() {
+            return Err(SourceError::Contradiction { source_name: self.endpoint(), what });
+        }
         facts.own_groups = self.own_groups(&facts).await?;
         self.learn_account(&facts);
         let inventory = facts.inventory(self.quirks);
@@ -123,7 +130,7 @@ impl Ec2 {
     }
 
     /// The wanted instances first, then their groups, then what those refer to: three rounds, whatever else is there.
-    async fn of(&self, mut instances: BTreeSet<String>) -> Result<Facts, SourceError> {
+    async fn of(&self, mut instances: BTreeSet<String>, elsewhere: BTreeSet<String>) -> Result<Facts, SourceError> {
         if instances.is_empty() {
             // Still asked, so that an endpoint that doesn't answer is known before anybody depends on it.
             instances.insert(NOBODY.to_owned());
@@ -142,7 +149,8 @@ impl Ec2 {
             optional(self.filtered::<DescribeNetworkAcls>("association.subnet-id", &in_subnets)),
         )?;
 
-        let (referred, lists) = references(&groups, rules.as_deref());
+        let (mut referred, lists) = references(&groups, rules.as_deref());
+        referred.extend(elsewhere.iter().cloned());
         let unread: BTreeSet<String> = referred.difference(&in_groups).cloned().collect();
         // Moto's filter on interfaces matches their own groups, the one on instances matches the instance's: members
         // by either are members.
@@ -156,7 +164,7 @@ impl Ec2 {
         let hosts = unlisted_hosts(&interfaces, &reservations);
         let (hosts, peerings) = tokio::try_join!(
             self.filtered::<DescribeInstances>("instance-id", &hosts),
-            self.peerings_between(&groups, &others),
+            self.peerings_between(&groups, &others, &referred),
         )?;
         add_reservations(&mut reservations, hosts);
 
@@ -230,14 +238,18 @@ impl Ec2 {
         try_join_all(with_entries).await
     }
 
-    /// Peering matters only to a reference into another VPC (SG-1.12).
+    /// Peering matters only to a reference into another VPC (SG-1.12): of this account, or of another, whose groups
+    /// aren't listed here.
     async fn peerings_between(
         &self,
         groups: &[wire::SecurityGroup],
         others: &[wire::SecurityGroup],
+        referred: &BTreeSet<String>,
     ) -> Result<Vec<wire::Peering>, SourceError> {
-        let vpcs: BTreeSet<&str> = groups.iter().chain(others).map(|group| group.vpc.as_str()).collect();
-        if vpcs.len() < 2 {
+        let listed = || groups.iter().chain(others);
+        let vpcs: BTreeSet<&str> = listed().map(|group| group.vpc.as_str()).collect();
+        let ids: BTreeSet<&str> = listed().map(|group| group.id.as_str()).collect();
+        if vpcs.len() < 2 && referred.iter().all(|group| ids.contains(group.as_str())) {
             return Ok(Vec::new());
         }
         let active = BTreeSet::from(["active".to_owned()]);

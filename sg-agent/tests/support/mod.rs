@@ -102,6 +102,7 @@ pub fn snapshot(server: SocketAddr, rules: &Rules) -> Arc<Snapshot> {
         vpc: 1,
         mac: [2, 0, 0, 0, 0, 7],
         addresses: vec![server.ip()],
+        prefixes: Vec::new(),
         subnet_number: None,
         subnet: Vec::new(),
         source_dest_check: true,
