@@ -12,6 +12,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 mod cidr;
+mod lost;
 mod peer;
 mod traffic;
 
@@ -83,6 +84,8 @@ pub struct Inventory {
     pub enis: BTreeMap<EniId, Eni>,
     /// Instances that are not terminated.
     pub instances: BTreeMap<InstanceId, Instance>,
+    /// Those that are.
+    pub terminated: BTreeSet<InstanceId>,
     /// Managed prefix lists that rules refer to, at their latest version.
     pub prefix_lists: BTreeMap<PrefixListId, PrefixList>,
     /// VPCs and their primary IPv4 networks.

@@ -182,8 +182,22 @@ pub enum Peers {
 pub struct Settings {
     /// `--no-group=deny` (SG-2.5).
     pub deny_without_group: bool,
+    /// What an instance may do that the control plane doesn't know.
+    pub unknown: Unknown,
     /// Services that nothing filters (SG-4.1).
     pub exempt: Vec<Service>,
+}
+
+/// `--unknown`: what holds for an instance that the control plane doesn't know, or no longer, or can't be asked about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Unknown {
+    /// It is denied everything, whatever was known of it.
+    Deny,
+    /// The last that was known; nothing where that is nothing.
+    #[default]
+    Last,
+    /// The last that was known; everything where that is nothing.
+    Allow,
 }
 
 /// Resolves, and remembers the numbers that it gave.
@@ -233,7 +247,7 @@ impl Resolver {
         for inventory in world.values() {
             desired.warnings.extend(inventory.warnings.iter().cloned());
         }
-        let mut placements = place(world, default, attachments, &mut desired.warnings);
+        let mut placements = place(world, default, attachments, self.settings.unknown, &mut desired.warnings);
         keep_uncontested(world, &mut placements, &mut desired.warnings);
         let given = given(&placements);
         for placement in &placements {
@@ -304,6 +318,10 @@ impl Resolver {
     ) -> (PolicyKey, BTreeSet<GroupId>) {
         let instance = &placement.attachment.instance;
         let Some(eni) = placement.eni else {
+            if self.settings.unknown == Unknown::Allow {
+                desired.policies.entry(PolicyKey::NoGroup).or_insert_with(|| Arc::new(Spec::Groups(everything())));
+                return (PolicyKey::NoGroup, BTreeSet::new());
+            }
             desired.policies.entry(PolicyKey::Unknown).or_insert_with(|| Arc::new(Spec::Groups(GroupSpec::default())));
             return (PolicyKey::Unknown, BTreeSet::new());
         };
@@ -654,6 +672,7 @@ fn place<'a>(
     world: &'a World,
     default: &Scope,
     attachments: &'a [Attachment],
+    unknown: Unknown,
     warnings: &mut BTreeSet<Warning>,
 ) -> Vec<Placement<'a>> {
     let mut placements = Vec::new();
@@ -669,8 +688,13 @@ fn place<'a>(
                 warnings.insert(Warning {
                     subject: attachment.instance.to_string(),
                     problem: format!(
-                        "is not known to the control plane: {} is denied everything",
-                        attachment.link.name
+                        "is not known to the control plane: {} is {}",
+                        attachment.link.name,
+                        if unknown == Unknown::Allow {
+                            "allowed everything (--unknown=allow)"
+                        } else {
+                            "denied everything"
+                        }
                     ),
                 });
                 placements.push(Placement {

@@ -52,6 +52,7 @@ impl Facts {
         inventory.prefix_lists = self.prefix_lists.iter().filter_map(|list| prefix_list(list, &mut warnings)).collect();
         let lists = inventory.prefix_lists.keys().cloned().collect();
         inventory.groups = rules::groups(self.groups, self.rules, &self.bare, &lists, quirks, &mut warnings);
+        inventory.terminated = self.reservations.iter().flatten().flat_map(interfaces::terminated).collect();
         let (instances, enis) =
             interfaces::instances(self.reservations, self.interfaces, &self.own_groups, &mut warnings);
         (inventory.instances, inventory.enis) = (instances, enis);
