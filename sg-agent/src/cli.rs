@@ -1,7 +1,7 @@
 //! The command line: what each option is called, means and defaults to. Raw arguments only; `main` makes the
 //! daemon's options of them.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -70,6 +70,17 @@ pub struct RunArgs {
     /// Seconds between two polls of the endpoint
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds, help_heading = "Rules")]
     pub poll_interval: Duration,
+    /// Where clients reach the endpoint through the agent, so that a change is enforced when they have its answer
+    /// [default: 127.0.0.1:4566, where the endpoint is an emulator]
+    #[arg(long, value_name = "ADDR:PORT", conflicts_with_all = ["rules", "no_gateway"], help_heading = "Gateway")]
+    pub gateway: Option<SocketAddr>,
+    /// No gateway: changes are noticed by polling
+    #[arg(long, help_heading = "Gateway")]
+    pub no_gateway: bool,
+    /// Seconds that the answer to a change waits until it is enforced; then it passes with a header that says so
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds, help_heading = "Gateway")]
+    pub commit_timeout: Duration,
+
     /// Don't give an emulator's default groups the rule that AWS's have (all traffic from themselves)
     #[arg(long, help_heading = "Rules")]
     pub no_default_self_rule: bool,
@@ -84,12 +95,21 @@ pub struct RunArgs {
     #[arg(long, value_name = "INSTANCE_ID:[ADDR:]HOST_PORT=PORT", help_heading = "Instances")]
     pub publish: Vec<PublishSpec>,
 
+    /// Seconds that a connection to a published port waits for rules that may be out of date to be read anew
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds, help_heading = "Instances")]
+    pub fresh_timeout: Duration,
+
     /// What a revoked rule does to tracked flows: 'aws' lets them end by themselves, 'cut' ends them at once
     #[arg(long, value_enum, default_value_t = OnRevoke::Aws, help_heading = "Semantics")]
     pub on_revoke: OnRevoke,
     /// Whether an instance without a security group may do everything or nothing
     #[arg(long, value_enum, default_value_t = NoGroup::Allow, help_heading = "Semantics")]
     pub no_group: NoGroup,
+    /// What holds for an instance that the control plane doesn't know, or no longer, or can't be asked about: 'deny'
+    /// denies it everything; 'last' lets the last policy stand and denies what was never known; 'allow' lets the last
+    /// policy stand and allows everything to what was never known
+    #[arg(long, value_enum, default_value_t = Unknown::Last, help_heading = "Semantics")]
+    pub unknown: Unknown,
     /// Whether ICMP errors about tracked flows pass by themselves, or need a rule
     #[arg(long, value_enum, default_value_t = IcmpErrors::Related, help_heading = "Semantics")]
     pub icmp_errors: IcmpErrors,
@@ -130,6 +150,17 @@ pub enum NoGroup {
     Allow,
     /// Everything is denied.
     Deny,
+}
+
+/// What isn't known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Unknown {
+    /// It is denied everything.
+    Deny,
+    /// The last that was known.
+    Last,
+    /// The last that was known, or everything.
+    Allow,
 }
 
 /// SG-3.7.
