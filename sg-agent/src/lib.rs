@@ -13,6 +13,7 @@ pub mod decide;
 pub mod discovery;
 pub mod exempt;
 pub mod explain;
+pub mod launcher;
 pub mod live;
 pub mod model;
 pub mod oracle;

@@ -33,7 +33,7 @@ use crate::proxy::{self, Proxy};
 use crate::resolve::{self, Resolver, World};
 use crate::source::Ec2Options;
 use crate::status::{Report, Status};
-use crate::{explain, live};
+use crate::{explain, launcher, live};
 
 /// Where this agent's files are; every subcommand has these.
 #[derive(Clone, Debug)]
@@ -77,6 +77,8 @@ pub struct Options {
     pub resolve: resolve::Settings,
     /// The data path's settings.
     pub config: Config,
+    /// `--launch`.
+    pub launch: Option<launcher::Options>,
     /// Whether every dropped packet is logged.
     pub log_drops: bool,
     /// Whether enforcement ends with the agent.
@@ -87,6 +89,8 @@ pub struct Options {
 enum Event {
     /// Links or containers may have changed.
     Look,
+    /// The launcher has news.
+    Launched,
     /// An endpoint or file was read.
     Polled(Box<Polled>),
     /// Somebody asks.
@@ -134,6 +138,7 @@ pub async fn run(options: Options) -> Result<()> {
     let snapshots = watch::Sender::new(applier.snapshot());
     let on_revoke = if config.flags & CUT_ON_REVOKE != 0 { proxy::OnRevoke::Cut } else { proxy::OnRevoke::Aws };
     let proxy = Proxy::new(snapshots.subscribe(), mark).on_revoke(on_revoke);
+    let launcher = launch(&options, &snapshots, events.clone(), shutdown.clone())?;
     let pollers = Pollers::new(&options, events)?;
     let mut daemon = Daemon {
         resolver: Resolver::new(options.resolve.clone()),
@@ -143,6 +148,7 @@ pub async fn run(options: Options) -> Result<()> {
         proxy,
         snapshots,
         pollers,
+        launcher,
         discovered: Discovered::default(),
         looked: None,
         looked_error: None,
@@ -231,6 +237,28 @@ fn watch_links(options: &discovery::Options, events: mpsc::Sender<Event>, shutdo
     tokio::spawn(shutdown.run_until_cancelled_owned(watch));
 }
 
+/// Starts the launcher, if there is to be one, and tells the daemon of its news.
+fn launch(
+    options: &Options,
+    snapshots: &watch::Sender<Arc<Snapshot>>,
+    events: mpsc::Sender<Event>,
+    shutdown: CancellationToken,
+) -> Result<Option<launcher::Handle>> {
+    let (Some(launch), Origins::Endpoint(ec2)) = (&options.launch, &options.origins) else { return Ok(None) };
+    let place = launcher::Place {
+        ec2: ec2.clone(),
+        interval: options.poll_interval,
+        docker_host: options.discovery.docker_host.clone(),
+        state_dir: options.places.state_dir.clone(),
+    };
+    let launcher = launcher::start(launch.clone(), place, snapshots.subscribe(), shutdown.clone())?;
+    let mut news = launcher.state().clone();
+    tokio::spawn(shutdown.run_until_cancelled_owned(async move {
+        while news.changed().await.is_ok() && events.send(Event::Launched).await.is_ok() {}
+    }));
+    Ok(Some(launcher))
+}
+
 /// Everything that the agent knows.
 struct Daemon {
     discovery: discovery::Options,
@@ -240,6 +268,7 @@ struct Daemon {
     proxy: Proxy,
     snapshots: watch::Sender<Arc<Snapshot>>,
     pollers: Pollers,
+    launcher: Option<launcher::Handle>,
     discovered: Discovered,
     looked: Option<Instant>,
     looked_error: Option<String>,
@@ -263,6 +292,7 @@ impl Daemon {
                 self.look().await;
                 self.reconcile().await;
             }
+            Event::Launched => self.publish().await,
             Event::Polled(polled) => {
                 self.take(*polled);
                 self.reconcile().await;
@@ -282,6 +312,7 @@ impl Daemon {
                 for poller in self.pollers.running.values() {
                     poller.hurry();
                 }
+                self.launcher.iter().for_each(launcher::Handle::hurry);
             }
         }
         self.serve_waiting();
@@ -364,6 +395,11 @@ impl Daemon {
                 self.apply_error = Some(text);
             }
         }
+        self.publish().await;
+    }
+
+    /// From the ports that are wanted to those that are open.
+    async fn publish(&mut self) {
         let wanted = self.published();
         self.proxy_warnings = self.proxy.reconcile(wanted).await;
         self.proxy_warnings.extend(self.unattached());
@@ -409,7 +445,12 @@ impl Daemon {
         missing.map(warn).collect()
     }
 
-    /// The ports that flags and containers publish.
+    /// The launcher's latest outcome.
+    fn launched(&self) -> Option<Arc<launcher::State>> {
+        self.launcher.as_ref().map(|launcher| Arc::clone(&launcher.state().borrow()))
+    }
+
+    /// The ports that flags, containers and the launcher publish.
     fn published(&self) -> Vec<proxy::Published> {
         let by_label = self.discovered.attachments.iter().flat_map(|attachment| {
             attachment.publish.iter().map(|port| proxy::PublishSpec {
@@ -419,7 +460,9 @@ impl Daemon {
                 port: port.port,
             })
         });
-        self.flags.iter().cloned().chain(by_label).map(proxy::Published::from).collect()
+        let launched = self.launched();
+        let launched = launched.iter().flat_map(|launched| launched.ports.iter().cloned());
+        self.flags.iter().cloned().chain(by_label).chain(launched).map(proxy::Published::from).collect()
     }
 
     /// Logs each warning once for as long as it stands.
@@ -441,6 +484,7 @@ impl Daemon {
         warnings.retain(|warning| !self.is_new(&warning.subject));
         warnings.extend(self.discovered.warnings.iter().chain(&self.poller_warnings).cloned());
         warnings.extend(self.proxy_warnings.iter().cloned());
+        warnings.extend(self.launched().iter().flat_map(|launched| launched.warnings.clone()));
         warnings
     }
 
@@ -454,9 +498,18 @@ impl Daemon {
     /// Answers those who wait for the desired state, once it is enforced.
     fn serve_waiting(&mut self) {
         let oldest = self.pollers.running.values().map(Poller::last_success).min().flatten();
-        let since = oldest.map(|oldest| oldest.min(self.looked.unwrap_or(oldest)));
+        let mut since = oldest.map(|oldest| oldest.min(self.looked.unwrap_or(oldest)));
+        let mut underway = Vec::new();
+        if let Some(launched) = self.launched() {
+            since = since.min(launched.read);
+            underway.clone_from(&launched.underway);
+            underway.extend(launched.error.clone());
+            if launched.generation != self.applier.snapshot().generation {
+                underway.push("published ports are not settled yet".to_owned());
+            }
+        }
         let errors = self.pollers.running.values().filter_map(Poller::error);
-        let problems: Vec<String> = self.problems().into_iter().chain(errors).collect();
+        let problems: Vec<String> = self.problems().into_iter().chain(errors).chain(underway).collect();
         self.desk.serve(since, problems);
     }
 
