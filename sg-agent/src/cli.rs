@@ -2,6 +2,7 @@
 //! daemon's options of them.
 
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 use crate::discovery::AttachSpec;
 use crate::exempt::Service;
 use crate::explain::Party;
+use crate::launcher::{ImageSpec, parse_range};
 use crate::model::InstanceId;
 use crate::proxy::PublishSpec;
 
@@ -45,6 +47,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Show what is enforced: instances, groups, policies, counters, published ports
     Status(StatusArgs),
+    /// Tell the published ports: which port of the host leads to which port of which instance
+    Ports(PortsArgs),
     /// Say whether a packet would pass, by which rule, or which rule comes nearest
     Explain(ExplainArgs),
     /// Take all enforcement of this agent away: programs, pins, flows
@@ -98,6 +102,22 @@ pub struct RunArgs {
     /// Seconds that a connection to a published port waits for rules that may be out of date to be read anew
     #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds, help_heading = "Instances")]
     pub fresh_timeout: Duration,
+
+    /// Make a container of every instance that the endpoint has: for emulators that only keep book, as Moto
+    #[arg(long, conflicts_with_all = ["rules", "no_docker"], help_heading = "Launching")]
+    pub launch: bool,
+    /// The image that stands for a machine image, by its id or name; '*' stands for any text (repeatable)
+    #[arg(long, value_name = "AMI=IMAGE", requires = "launch", help_heading = "Launching")]
+    pub launch_image: Vec<ImageSpec>,
+    /// The image of all others [default: sg-agent/instance:latest, which 'cargo xtask run' makes]
+    #[arg(long, value_name = "IMAGE", requires = "launch", help_heading = "Launching")]
+    pub launch_default_image: Option<String>,
+    /// The same from a TOML file: default = "IMAGE", and a table [images] of "AMI" = "IMAGE"
+    #[arg(long, value_name = "FILE", requires = "launch", help_heading = "Launching")]
+    pub launch_config: Option<PathBuf>,
+    /// The host's ports at which launched instances' ports are published
+    #[arg(long, value_name = "FIRST-LAST", default_value = "32000-32767", value_parser = parse_range, help_heading = "Launching")]
+    pub launch_ports: RangeInclusive<u16>,
 
     /// What a revoked rule does to tracked flows: 'aws' lets them end by themselves, 'cut' ends them at once
     #[arg(long, value_enum, default_value_t = OnRevoke::Aws, help_heading = "Semantics")]
@@ -181,6 +201,17 @@ pub struct StatusArgs {
     /// Read everything anew and wait until it is enforced; fail after so many seconds
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub wait: Option<Duration>,
+}
+
+/// `sg-agent ports`.
+#[derive(Debug, Args)]
+pub struct PortsArgs {
+    /// Only this instance's
+    #[arg(value_name = "INSTANCE")]
+    pub instance: Option<InstanceId>,
+    /// Print JSON (a stable interface)
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `sg-agent explain`.

@@ -14,6 +14,7 @@ pub mod discovery;
 pub mod exempt;
 pub mod explain;
 pub mod gateway;
+pub mod launcher;
 pub mod live;
 pub mod model;
 pub mod oracle;

@@ -67,6 +67,23 @@ pub struct Report {
     pub flows: u32,
 }
 
+/// What `sg-agent ports --json` prints, a list of them: a stable interface.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PublishedPort {
+    /// Whose port.
+    pub instance: String,
+    /// The instance's port.
+    pub port: u16,
+    /// The host's.
+    pub host_port: u16,
+}
+
+impl From<&PortCounters> for PublishedPort {
+    fn from(counters: &PortCounters) -> Self {
+        Self { instance: counters.instance.clone(), port: counters.port, host_port: counters.host_port }
+    }
+}
+
 /// An endpoint or file.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct SourceStatus {

@@ -6,6 +6,7 @@
 mod changes;
 mod commits;
 mod control;
+mod launched;
 mod lock;
 mod look;
 mod poll;
@@ -35,6 +36,7 @@ use crate::apply::{Applier, Snapshot};
 use crate::datapath::{Datapath, Pins};
 use crate::discovery;
 use crate::gateway::{self, Gateway};
+use crate::launcher;
 use crate::model::{Inventory, Scope, Warning};
 use crate::proxy::{self, Freshness, Proxy};
 use crate::resolve::{self, Resolver, Unknown, World};
@@ -86,6 +88,8 @@ pub struct Options {
     pub resolve: resolve::Settings,
     /// The data path's settings.
     pub config: Config,
+    /// `--launch`.
+    pub launch: Option<launcher::Options>,
     /// Whether every dropped packet is logged.
     pub log_drops: bool,
     /// Whether enforcement ends with the agent.
@@ -96,6 +100,8 @@ pub struct Options {
 enum Event {
     /// Links and containers were looked at.
     Looked(Box<Looked>),
+    /// The launcher has news.
+    Launched,
     /// An endpoint or file was read.
     Polled(Box<Polled>),
     /// Somebody asks.
@@ -148,6 +154,7 @@ pub async fn run(options: Options) -> Result<()> {
     let snapshots = watch::Sender::new(applier.snapshot());
     let on_revoke = if config.flags & CUT_ON_REVOKE != 0 { proxy::OnRevoke::Cut } else { proxy::OnRevoke::Aws };
     let proxy = Proxy::new(snapshots.subscribe(), mark).on_revoke(on_revoke).fresh(fresh);
+    let launcher = launched::start(&options, &snapshots, events.clone(), shutdown.clone())?;
     let pollers = Pollers::new(&options, events)?;
     let mut daemon = Daemon {
         resolver: Resolver::new(options.resolve.clone()),
@@ -159,6 +166,7 @@ pub async fn run(options: Options) -> Result<()> {
         snapshots,
         pollers,
         gateway: gateway.0,
+        launcher,
         view: View::default(),
         world: World::new(),
         desk: Desk::default(),
@@ -233,6 +241,7 @@ struct Daemon {
     proxy: Proxy,
     snapshots: watch::Sender<Arc<Snapshot>>,
     pollers: Pollers,
+    launcher: Option<launcher::Handle>,
     view: View,
     world: World,
     desk: Desk,
@@ -258,6 +267,7 @@ impl Daemon {
                 self.look(*looked);
                 self.reconcile().await;
             }
+            Event::Launched => self.publish().await,
             Event::Polled(polled) => {
                 if self.take(*polled) || self.has_failed() {
                     self.reconcile().await;
@@ -277,6 +287,7 @@ impl Daemon {
                 for poller in self.pollers.running.values() {
                     poller.hurry();
                 }
+                self.launcher.iter().for_each(launcher::Handle::hurry);
             }
         }
         self.serve_waiting();
@@ -364,6 +375,11 @@ impl Daemon {
                 self.apply_error = Some(text);
             }
         }
+        self.publish().await;
+    }
+
+    /// From the ports that are wanted to those that are open.
+    async fn publish(&mut self) {
         let wanted = self.published();
         self.proxy_warnings = self.proxy.reconcile(wanted).await;
         self.proxy_warnings.extend(self.unattached());
@@ -386,7 +402,7 @@ impl Daemon {
         }
     }
 
-    /// The ports that flags and containers publish.
+    /// The ports that flags, containers and the launcher publish.
     fn published(&self) -> Vec<proxy::Published> {
         let by_label = self.view.discovered.attachments.iter().flat_map(|attachment| {
             attachment.publish.iter().map(|port| proxy::PublishSpec {
@@ -396,6 +412,8 @@ impl Daemon {
                 port: port.port,
             })
         });
-        self.flags.iter().cloned().chain(by_label).map(proxy::Published::from).collect()
+        let launched = self.launched();
+        let launched = launched.iter().flat_map(|launched| launched.ports.iter().cloned());
+        self.flags.iter().cloned().chain(by_label).chain(launched).map(proxy::Published::from).collect()
     }
 }

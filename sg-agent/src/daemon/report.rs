@@ -54,6 +54,7 @@ impl Daemon {
         warnings.retain(|warning| !self.is_new(&warning.subject));
         warnings.extend(self.view.discovered.warnings.iter().chain(&self.poller_warnings).cloned());
         warnings.extend(self.proxy_warnings.iter().chain(&self.gateway_warning).cloned());
+        warnings.extend(self.launched().iter().flat_map(|launched| launched.warnings.clone()));
         warnings
     }
 
@@ -70,9 +71,18 @@ impl Daemon {
         let is_stale = !self.stale().is_empty();
         self.freshness.send_if_modified(|stale| std::mem::replace(stale, is_stale) != is_stale);
         let oldest = self.pollers.running.values().map(Poller::last_success).min().flatten();
-        let since = oldest.zip(self.view.looked).map(|(read, looked)| read.min(looked));
+        let mut since = oldest.zip(self.view.looked).map(|(read, looked)| read.min(looked));
+        let mut underway = Vec::new();
+        if let Some(launched) = self.launched() {
+            since = since.min(launched.read);
+            underway.clone_from(&launched.underway);
+            underway.extend(launched.error.clone());
+            if launched.generation != self.applier.snapshot().generation {
+                underway.push("published ports are not settled yet".to_owned());
+            }
+        }
         let errors = self.pollers.running.values().filter_map(Poller::error);
-        let problems: Vec<String> = self.problems().into_iter().chain(errors).collect();
+        let problems: Vec<String> = self.problems().into_iter().chain(errors).chain(underway).collect();
         self.desk.serve(since, problems);
     }
 

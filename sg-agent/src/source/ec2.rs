@@ -1,8 +1,11 @@
 //! An EC2 endpoint as a source: which calls make an inventory. Owns the order of the calls and what each is filtered
 //! by; polls when it is told to.
 
+mod launch;
 #[cfg(test)]
 mod tests;
+
+pub use launch::{Launch, LaunchInterface};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -22,7 +22,7 @@ use std::path::PathBuf;
 pub use alone::{actions, parse_answer};
 pub use answer::AnswerError;
 pub use corrections::ModifiedRule;
-pub use ec2::Ec2;
+pub use ec2::{Ec2, Launch, LaunchInterface};
 pub use file::RulesFile;
 pub use settings::Ec2Options;
 
