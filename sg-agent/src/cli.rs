@@ -1,7 +1,8 @@
 //! The command line: what each option is called, means and defaults to. Raw arguments only; `main` makes the
 //! daemon's options of them.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 use crate::discovery::AttachSpec;
 use crate::exempt::Service;
 use crate::explain::Party;
+use crate::launcher::{ImageSpec, parse_range};
 use crate::model::InstanceId;
 use crate::proxy::PublishSpec;
 
@@ -45,6 +47,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Show what is enforced: instances, groups, policies, counters, published ports
     Status(StatusArgs),
+    /// Tell the published ports: which port of the host leads to which port of which instance
+    Ports(PortsArgs),
     /// Say whether a packet would pass, by which rule, or which rule comes nearest
     Explain(ExplainArgs),
     /// Take all enforcement of this agent away: programs, pins, flows
@@ -70,6 +74,17 @@ pub struct RunArgs {
     /// Seconds between two polls of the endpoint
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds, help_heading = "Rules")]
     pub poll_interval: Duration,
+    /// Where clients reach the endpoint through the agent, so that a change is enforced when they have its answer
+    /// [default: 127.0.0.1:4566, where the endpoint is an emulator]
+    #[arg(long, value_name = "ADDR:PORT", conflicts_with_all = ["rules", "no_gateway"], help_heading = "Gateway")]
+    pub gateway: Option<SocketAddr>,
+    /// No gateway: changes are noticed by polling
+    #[arg(long, help_heading = "Gateway")]
+    pub no_gateway: bool,
+    /// Seconds that the answer to a change waits until it is enforced; then it passes with a header that says so
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds, help_heading = "Gateway")]
+    pub commit_timeout: Duration,
+
     /// Don't give an emulator's default groups the rule that AWS's have (all traffic from themselves)
     #[arg(long, help_heading = "Rules")]
     pub no_default_self_rule: bool,
@@ -84,12 +99,37 @@ pub struct RunArgs {
     #[arg(long, value_name = "INSTANCE_ID:[ADDR:]HOST_PORT=PORT", help_heading = "Instances")]
     pub publish: Vec<PublishSpec>,
 
+    /// Seconds that a connection to a published port waits for rules that may be out of date to be read anew
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds, help_heading = "Instances")]
+    pub fresh_timeout: Duration,
+
+    /// Make a container of every instance that the endpoint has: for emulators that only keep book, as Moto
+    #[arg(long, conflicts_with_all = ["rules", "no_docker"], help_heading = "Launching")]
+    pub launch: bool,
+    /// The image that stands for a machine image, by its id or name; '*' stands for any text (repeatable)
+    #[arg(long, value_name = "AMI=IMAGE", requires = "launch", help_heading = "Launching")]
+    pub launch_image: Vec<ImageSpec>,
+    /// The image of all others [default: sg-agent/instance:latest, which 'cargo xtask run' makes]
+    #[arg(long, value_name = "IMAGE", requires = "launch", help_heading = "Launching")]
+    pub launch_default_image: Option<String>,
+    /// The same from a TOML file: default = "IMAGE", and a table [images] of "AMI" = "IMAGE"
+    #[arg(long, value_name = "FILE", requires = "launch", help_heading = "Launching")]
+    pub launch_config: Option<PathBuf>,
+    /// The host's ports at which launched instances' ports are published
+    #[arg(long, value_name = "FIRST-LAST", default_value = "32000-32767", value_parser = parse_range, help_heading = "Launching")]
+    pub launch_ports: RangeInclusive<u16>,
+
     /// What a revoked rule does to tracked flows: 'aws' lets them end by themselves, 'cut' ends them at once
     #[arg(long, value_enum, default_value_t = OnRevoke::Aws, help_heading = "Semantics")]
     pub on_revoke: OnRevoke,
     /// Whether an instance without a security group may do everything or nothing
     #[arg(long, value_enum, default_value_t = NoGroup::Allow, help_heading = "Semantics")]
     pub no_group: NoGroup,
+    /// What holds for an instance that the control plane doesn't know, or no longer, or can't be asked about: 'deny'
+    /// denies it everything; 'last' lets the last policy stand and denies what was never known; 'allow' lets the last
+    /// policy stand and allows everything to what was never known
+    #[arg(long, value_enum, default_value_t = Unknown::Last, help_heading = "Semantics")]
+    pub unknown: Unknown,
     /// Whether ICMP errors about tracked flows pass by themselves, or need a rule
     #[arg(long, value_enum, default_value_t = IcmpErrors::Related, help_heading = "Semantics")]
     pub icmp_errors: IcmpErrors,
@@ -132,6 +172,17 @@ pub enum NoGroup {
     Deny,
 }
 
+/// What isn't known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Unknown {
+    /// It is denied everything.
+    Deny,
+    /// The last that was known.
+    Last,
+    /// The last that was known, or everything.
+    Allow,
+}
+
 /// SG-3.7.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum IcmpErrors {
@@ -150,6 +201,17 @@ pub struct StatusArgs {
     /// Read everything anew and wait until it is enforced; fail after so many seconds
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub wait: Option<Duration>,
+}
+
+/// `sg-agent ports`.
+#[derive(Debug, Args)]
+pub struct PortsArgs {
+    /// Only this instance's
+    #[arg(value_name = "INSTANCE")]
+    pub instance: Option<InstanceId>,
+    /// Print JSON (a stable interface)
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `sg-agent explain`.

@@ -6,13 +6,16 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Parser as _;
-use sg_agent::cli::{Cli, Command, DetachArgs, ExplainArgs, IcmpErrors, NoGroup, OnRevoke, RunArgs, StatusArgs};
+use sg_agent::cli::{
+    Cli, Command, DetachArgs, ExplainArgs, IcmpErrors, NoGroup, OnRevoke, PortsArgs, RunArgs, StatusArgs, Unknown,
+};
 use sg_agent::conntrack_settings::timeouts;
 use sg_agent::daemon::{self, LockError, NotRunning, Options, Origins, Places, Reply, Request, ask};
 use sg_agent::datapath::Pins;
 use sg_agent::exempt::Service;
 use sg_agent::source::Ec2Options;
-use sg_agent::{discovery, explain, render, resolve};
+use sg_agent::status::PublishedPort;
+use sg_agent::{discovery, explain, gateway, launcher, render, resolve};
 use sg_common::abi::{CUT_ON_REVOKE, Config, RELATED_ERRORS};
 use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 
@@ -34,6 +37,7 @@ fn main() -> ExitCode {
         match cli.command {
             Command::Run(args) => daemon::run(options(places, *args)?).await.map(|()| ExitCode::SUCCESS),
             Command::Status(args) => status(&places, &args).await,
+            Command::Ports(args) => ports(&places, &args).await,
             Command::Explain(args) => explain_packet(&places, args).await,
             Command::Detach(args) => detach(&places, &args),
         }
@@ -74,6 +78,13 @@ fn options(places: Places, args: RunArgs) -> Result<Options> {
             ..Ec2Options::default()
         }),
     };
+    let launch = match args.launch {
+        true => Some(launcher::Options {
+            images: launcher::Images::new(args.launch_image, args.launch_default_image, args.launch_config.as_deref())?,
+            ports: args.launch_ports,
+        }),
+        false => None,
+    };
     let mut exempt = Service::defaults("/etc/resolv.conf".as_ref());
     exempt.extend(args.exempt);
     let cut = if args.on_revoke == OnRevoke::Cut { CUT_ON_REVOKE } else { 0 };
@@ -84,12 +95,24 @@ fn options(places: Places, args: RunArgs) -> Result<Options> {
         discovery: discovery::Options { docker: !args.no_docker, attach: args.attach, ..Default::default() },
         publish: args.publish,
         poll_interval: args.poll_interval,
-        resolve: resolve::Settings { deny_without_group: args.no_group == NoGroup::Deny, exempt },
+        gateway: (!args.no_gateway)
+            .then_some(gateway::Options { address: args.gateway, commit_timeout: args.commit_timeout }),
+        fresh_timeout: args.fresh_timeout,
+        resolve: resolve::Settings {
+            deny_without_group: args.no_group == NoGroup::Deny,
+            unknown: match args.unknown {
+                Unknown::Deny => resolve::Unknown::Deny,
+                Unknown::Last => resolve::Unknown::Last,
+                Unknown::Allow => resolve::Unknown::Allow,
+            },
+            exempt,
+        },
         config: Config {
             timeouts: timeouts(args.tcp_established_timeout, args.udp_stream_timeout, args.udp_timeout),
             flags: cut | related,
             ..Config::default()
         },
+        launch,
         log_drops: args.log_drops,
         detach_on_exit: args.detach_on_exit,
     })
@@ -105,6 +128,18 @@ async fn status(places: &Places, args: &StatusArgs) -> Result<ExitCode> {
     let text = if args.json { serde_json::to_string_pretty(&*status)? } else { render::status(&status) };
     print(&text)?;
     Ok(if status.enforced { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The published ports, of one instance or of all.
+async fn ports(places: &Places, args: &PortsArgs) -> Result<ExitCode> {
+    let Reply::Status(status) = ask(&places.socket(), &Request::Status).await? else {
+        bail!("the agent gave no status")
+    };
+    let is_asked = |instance: &str| args.instance.as_ref().is_none_or(|asked| *asked.0 == *instance);
+    let ports = status.published.iter().filter(|port| is_asked(&port.instance));
+    let ports: Vec<PublishedPort> = ports.map(PublishedPort::from).collect();
+    print(&if args.json { serde_json::to_string_pretty(&ports)? } else { render::ports(&ports) })?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The agent may be starting up as well as catching up; one that was killed has left its socket.

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use sg_common::abi::DELEGATED_LENGTH;
 
 mod cidr;
+mod lost;
 mod peer;
 mod traffic;
 
@@ -84,6 +85,8 @@ pub struct Inventory {
     pub enis: BTreeMap<EniId, Eni>,
     /// Instances that are not terminated.
     pub instances: BTreeMap<InstanceId, Instance>,
+    /// Those that are.
+    pub terminated: BTreeSet<InstanceId>,
     /// Managed prefix lists that rules refer to, at their latest version.
     pub prefix_lists: BTreeMap<PrefixListId, PrefixList>,
     /// VPCs and their primary IPv4 networks.

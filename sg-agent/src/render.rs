@@ -7,7 +7,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 
 use crate::datapath::DetachReport;
 use crate::explain::Explanation;
-use crate::status::{Counter, InterfaceStatus, Status};
+use crate::status::{Counter, InterfaceStatus, PublishedPort, Status};
 
 /// `sg-agent status`.
 pub fn status(status: &Status) -> String {
@@ -51,6 +51,18 @@ pub fn status(status: &Status) -> String {
     }
     text.truncate(text.trim_end().len());
     text
+}
+
+/// `sg-agent ports`.
+pub fn ports(ports: &[PublishedPort]) -> String {
+    if ports.is_empty() {
+        return "no port is published".into();
+    }
+    let mut table = table(&["INSTANCE", "PORT", "HOST PORT"]);
+    for port in ports {
+        table.add_row([clean(&port.instance), port.port.to_string(), port.host_port.to_string()]);
+    }
+    table.to_string()
 }
 
 fn interfaces(interfaces: &[InterfaceStatus]) -> String {

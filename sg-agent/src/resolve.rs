@@ -29,8 +29,22 @@ use crate::model::{Eni, GroupId, Inventory, Scope, SubnetId, VpcId};
 pub struct Settings {
     /// `--no-group=deny` (SG-2.5).
     pub deny_without_group: bool,
+    /// What an instance may do that the control plane doesn't know.
+    pub unknown: Unknown,
     /// Services that nothing filters (SG-4.1).
     pub exempt: Vec<Service>,
+}
+
+/// `--unknown`: what holds for an instance that the control plane doesn't know, or no longer, or can't be asked about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Unknown {
+    /// It is denied everything, whatever was known of it.
+    Deny,
+    /// The last that was known; nothing where that is nothing.
+    #[default]
+    Last,
+    /// The last that was known; everything where that is nothing.
+    Allow,
 }
 
 /// Resolves, and remembers the numbers that it gave.
@@ -82,7 +96,7 @@ impl Resolver {
             desired.warnings.extend(inventory.warnings.iter().cloned());
         }
         let peerings = Peerings::of(world);
-        let mut placements = place::place(world, default, attachments, &mut desired.warnings);
+        let mut placements = place::place(world, default, attachments, self.settings.unknown, &mut desired.warnings);
         self.holders.keep_uncontested(world, &mut placements, &mut desired.warnings);
         self.holders.note(&placements);
         let given = place::given(&placements);

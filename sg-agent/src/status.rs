@@ -8,6 +8,7 @@ use sg_common::verdict::{Drop, Pass};
 
 use crate::apply::{Snapshot, Usage};
 use crate::datapath::Maps;
+use crate::gateway::GatewayStatus;
 use crate::model::Warning;
 use crate::proxy::PortCounters;
 use crate::resolve::{PolicyKey, Spec};
@@ -31,6 +32,9 @@ pub struct Status {
     pub interfaces: Vec<InterfaceStatus>,
     /// Published ports.
     pub published: Vec<PortCounters>,
+    /// The gateway to the endpoint, if there is one.
+    #[serde(default)]
+    pub gateway: Option<GatewayStatus>,
     /// What the rule maps hold.
     pub usage: Usage,
     /// And could hold.
@@ -51,6 +55,8 @@ pub struct Report {
     pub sources: Vec<SourceStatus>,
     /// Published ports.
     pub published: Vec<PortCounters>,
+    /// The gateway.
+    pub gateway: Option<GatewayStatus>,
     /// See [`Status::warnings`].
     pub warnings: BTreeSet<Warning>,
     /// See [`Status::problems`].
@@ -59,6 +65,23 @@ pub struct Report {
     pub refused: u64,
     /// Flows that are tracked.
     pub flows: u32,
+}
+
+/// What `sg-agent ports --json` prints, a list of them: a stable interface.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PublishedPort {
+    /// Whose port.
+    pub instance: String,
+    /// The instance's port.
+    pub port: u16,
+    /// The host's.
+    pub host_port: u16,
+}
+
+impl From<&PortCounters> for PublishedPort {
+    fn from(counters: &PortCounters) -> Self {
+        Self { instance: counters.instance.clone(), port: counters.port, host_port: counters.host_port }
+    }
 }
 
 /// An endpoint or file.
@@ -133,7 +156,7 @@ impl From<Count> for Counter {
 impl Status {
     /// Puts it together.
     pub fn new(snapshot: &Snapshot, maps: &Maps, report: Report) -> Self {
-        let Report { sources, published, warnings, mut problems, refused, flows } = report;
+        let Report { sources, published, gateway, warnings, mut problems, refused, flows } = report;
         let enis: Vec<u32> = snapshot.interfaces.values().map(|enforced| enforced.entry.eni).collect();
         let counters = maps.counters(&enis).unwrap_or_else(|error| {
             problems.push(format!("cannot read the counters: {error}"));
@@ -196,6 +219,7 @@ impl Status {
             problems,
             sources,
             published,
+            gateway,
             usage: snapshot.usage,
             capacity: Usage::CAPACITY,
             refused_changes: refused,

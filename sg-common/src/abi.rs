@@ -399,6 +399,23 @@ pub struct Count {
 }
 const _: () = assert!(size_of::<Count>() == 16);
 
+/// Where the running kernel keeps what `__sk_buff` doesn't tell of a socket buffer: bytes from the start of its
+/// `struct sk_buff`. Global `SKB` of the programs, set when they are loaded.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SkbLayout {
+    /// The byte with the two bits of the checksum's state.
+    pub ip_summed: u16,
+    /// How far up in that byte they are.
+    pub ip_summed_shift: u16,
+    /// Where the checksum begins: 16 bits, from the buffer's head.
+    pub csum_start: u16,
+    /// Where the checksum is to be written: 16 bits, from `csum_start`.
+    pub csum_offset: u16,
+    /// Where the frame begins: 16 bits, from the buffer's head.
+    pub mac_header: u16,
+}
+
 #[cfg(feature = "user")]
 mod user {
     use super::*;
@@ -427,6 +444,7 @@ mod user {
         Config,
         ReasonKey,
         Count,
+        SkbLayout,
         Address,
     );
     use crate::addr::Address;

@@ -49,7 +49,6 @@ fn filter(ctx: &TcContext, direction: Direction) -> i32 {
         Some(interface) => {
             frame.pull();
             let verdict = judge(&Maps, interface, direction, &frame, frame.mark());
-            // Last of all: it may shorten what is dropped.
             let is_settled = verdict.is_err() || direction == Direction::Ingress || is_settled(&frame, verdict);
             (interface.eni, if is_settled { verdict } else { Err(Drop::Malformed) })
         }
@@ -64,13 +63,11 @@ fn filter(ctx: &TcContext, direction: Direction) -> i32 {
 /// instance says so.
 #[inline(always)]
 fn is_settled(frame: &SkbFrame, verdict: Verdict) -> bool {
-    if !frame.awaits_checksum() {
-        return true;
-    }
-    match (verdict, maps::judged()) {
+    match (frame.pending_checksum(), verdict, maps::judged()) {
+        (Ok(None), ..) => true,
         // ARP and neighbour discovery are judged to the last byte, and nobody offloads their checksums.
-        (Ok(Pass::Neighbor), _) | (_, None) => false,
-        (_, Some(packet)) => frame.checksum_is_at_or_after(packet.transport + checksum_offset(packet)),
+        (Err(_), ..) | (_, Ok(Pass::Neighbor), _) | (.., None) => false,
+        (Ok(Some(place)), _, Some(packet)) => place >= packet.transport + checksum_offset(packet),
     }
 }
 

@@ -1,10 +1,17 @@
 //! P1: the frame as the kernel hands it over. The only place with packet pointers.
 
-use aya_ebpf::bindings::{__sk_buff, BPF_CSUM_LEVEL_DEC, BPF_CSUM_LEVEL_INC, BPF_CSUM_LEVEL_QUERY};
-use aya_ebpf::helpers::{bpf_csum_level, bpf_skb_change_tail};
+use aya_ebpf::Global;
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::programs::TcContext;
+use sg_common::abi::SkbLayout;
 use sg_common::packet::{Frame, ipv4_options};
 use sg_common::verdict::Drop;
+
+/// Set by the agent; see [`SkbLayout`].
+#[unsafe(no_mangle)]
+static SKB: Global<SkbLayout> =
+    Global::new(SkbLayout { ip_summed: 0, ip_summed_shift: 0, csum_start: 0, csum_offset: 0, mac_header: 0 });
 
 /// A frame behind a socket buffer. Headers that are not in its linear part read as missing; see [`SkbFrame::pull`].
 pub struct SkbFrame<'a>(pub &'a TcContext);
@@ -48,34 +55,34 @@ impl SkbFrame<'_> {
         }
     }
 
-    /// Whether its checksum is still to be filled in (CHECKSUM_PARTIAL). No helper tells; but only what has no
-    /// checksum state at all can be raised to a verified one (kernel: `__skb_incr_checksum_unnecessary`), which is
-    /// taken back at once.
+    /// Where in the frame a checksum is still to be written (CHECKSUM_PARTIAL), by the host's stack or a network card,
+    /// if it is.
+    ///
+    /// # Errors
+    /// [`Drop::Malformed`] where that is before the frame, or can't be read.
     #[inline(always)]
-    pub fn awaits_checksum(&self) -> bool {
-        let skb = self.0.skb.skb;
-        // SAFETY: the context is the kernel's, and these helpers touch its checksum state only.
-        unsafe {
-            if bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY as u64) >= 0 {
-                return false;
-            }
-            bpf_csum_level(skb, BPF_CSUM_LEVEL_INC as u64);
-            if bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY as u64) < 0 {
-                return true;
-            }
-            bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC as u64);
-            false
+    pub fn pending_checksum(&self) -> Result<Option<u32>, Drop> {
+        const CHECKSUM_PARTIAL: u8 = 3;
+        let layout = SKB.load();
+        let [state] = self.field(layout.ip_summed)?;
+        if state >> layout.ip_summed_shift & 3 != CHECKSUM_PARTIAL {
+            return Ok(None);
         }
+        let start = u16::from_ne_bytes(self.field(layout.csum_start)?) as u32;
+        let offset = u16::from_ne_bytes(self.field(layout.csum_offset)?) as u32;
+        let frame = u16::from_ne_bytes(self.field(layout.mac_header)?) as u32;
+        if start < frame {
+            return Err(Drop::Malformed);
+        }
+        Ok(Some(start - frame + offset))
     }
 
-    /// Whether the checksum that it awaits is to be written at `offset` or behind it. The kernel refuses to cut a
-    /// packet off before the end of its checksum field (`__bpf_skb_min_len`); where it doesn't refuse, the frame is
-    /// cut, and must be dropped.
+    /// Bytes of the kernel's own structure behind the context.
     #[inline(always)]
-    pub fn checksum_is_at_or_after(&self, offset: u32) -> bool {
-        const EINVAL: i64 = -22;
-        // SAFETY: the context is the kernel's; nothing reads the frame's bytes after this.
-        unsafe { bpf_skb_change_tail(self.0.skb.skb, offset + 1, 0) == EINVAL }
+    fn field<const N: usize>(&self, offset: u16) -> Result<[u8; N], Drop> {
+        let field = self.0.skb.skb.cast::<[u8; N]>().wrapping_byte_add(offset as usize);
+        // SAFETY: the helper reads any address, and fails where there is nothing.
+        unsafe { bpf_probe_read_kernel(field) }.map_err(|_| Drop::Malformed)
     }
 }
 

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 use super::Event;
 use super::pollers::Hint;
 use crate::model::{GroupId, InstanceId, Inventory, Scope};
-use crate::source::{Ec2, Ec2Options, RulesFile, SourceError, Wanted};
+use crate::source::{Ec2, Ec2Options, ModifiedRule, RulesFile, SourceError, Wanted};
 use crate::status::SourceStatus;
 
 /// The longest time between two polls of a source that fails.
@@ -34,9 +34,12 @@ pub struct Poller {
     task: JoinHandle<()>,
     wanted: watch::Sender<Wanted>,
     hurry: Arc<Notify>,
+    /// The endpoint, if it is one.
+    ec2: Option<Arc<Ec2>>,
     name: String,
     scope: Scope,
     asked_for: Wanted,
+    attempt: Option<Instant>,
     success: Option<Instant>,
     error: Option<String>,
 }
@@ -58,12 +61,13 @@ impl Poller {
         interval: Duration,
         events: mpsc::Sender<Event>,
     ) -> Result<Self, SourceError> {
-        let ec2 = Ec2::new(options)?;
+        let ec2 = Arc::new(Ec2::new(options)?);
         let (scope, name) = (ec2.scope().clone(), ec2.endpoint());
         tracing::info!(endpoint = %name, region = %scope.region, "security groups are read from here");
         let (wanted, mut wishes) = watch::channel(nobody());
         let hurry = Arc::new(Notify::new());
         let hurried = Arc::clone(&hurry);
+        let kept = Arc::clone(&ec2);
         let task = tokio::spawn(async move {
             let mut pause = interval;
             loop {
@@ -82,7 +86,7 @@ impl Poller {
                 }
             }
         });
-        Ok(Self::new(task, wanted, hurry, name, scope))
+        Ok(Self::new(task, wanted, hurry, Some(kept), name, scope))
     }
 
     /// Reads a rules file when it has changed.
@@ -115,17 +119,19 @@ impl Poller {
                 }
             }
         });
-        Self::new(task, wanted, hurry, name, scope)
+        Self::new(task, wanted, hurry, None, name, scope)
     }
 
     fn new(
         task: JoinHandle<()>,
         wanted: watch::Sender<Wanted>,
         hurry: Arc<Notify>,
+        ec2: Option<Arc<Ec2>>,
         name: String,
         scope: Scope,
     ) -> Self {
-        Self { task, wanted, hurry, name, scope, asked_for: nobody(), success: None, error: None }
+        let asked_for = nobody();
+        Self { task, wanted, hurry, ec2, name, scope, asked_for, attempt: None, success: None, error: None }
     }
 
     /// From now on, these instances are asked for, and these groups; at once, if they are others than before.
@@ -143,8 +149,28 @@ impl Poller {
         self.hurry.notify_one();
     }
 
+    /// Rules were modified so, whatever the endpoint will show.
+    pub(super) fn note_modified(&self, rules: Vec<ModifiedRule>) {
+        if let Some(ec2) = &self.ec2 {
+            ec2.note_modified(rules);
+        }
+    }
+
+    /// The endpoint begins anew.
+    pub(super) fn forget(&self) {
+        if let Some(ec2) = &self.ec2 {
+            ec2.forget();
+        }
+    }
+
+    /// Everything that decides about more than the inventory.
+    pub(super) fn standing(&self) -> (bool, bool, Scope, Wanted) {
+        (self.success.is_some(), self.error.is_some(), self.scope.clone(), self.asked_for.clone())
+    }
+
     /// Notes how a read went; what it found, if it found anything.
     pub(super) fn note(&mut self, polled: Polled) -> Option<(Scope, Inventory)> {
+        self.attempt = Some(polled.began);
         match polled.result {
             Ok((scope, inventory)) => {
                 if self.error.take().is_some() {
@@ -165,6 +191,8 @@ impl Poller {
                     tracing::warn!(source = %self.name, "{text}; {meanwhile}");
                 }
                 self.error = Some(text);
+                // Whoever isn't there may have forgotten everything by the time that it is.
+                self.forget();
                 None
             }
         }
@@ -183,6 +211,11 @@ impl Poller {
     /// When the last read that succeeded began; `None` if none did.
     pub(super) fn last_success(&self) -> Option<Instant> {
         self.success
+    }
+
+    /// When the last read began that is over, however it went.
+    pub(super) fn last_attempt(&self) -> Option<Instant> {
+        self.attempt
     }
 
     /// Whether a read that succeeded was about this instance.

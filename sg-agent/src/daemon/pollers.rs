@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use super::poll::Poller;
 use super::{Event, Options, Origins};
 use crate::discovery::Attachment;
+use crate::gateway::Whom;
 use crate::model::{GroupId, InstanceId, Scope, Warning};
 use crate::source::Ec2Options;
 
@@ -87,6 +88,15 @@ impl Pollers {
                 poller.want(instances, references.remove(&poller.scope()).unwrap_or_default());
             }
         }
+    }
+
+    /// The sources that a change may be about. Which account a key belongs to is the endpoint's to say: if none that is
+    /// read here fits, it is any of them.
+    pub(super) fn of(&self, whom: &Whom) -> BTreeSet<Hint> {
+        let in_region = || self.running.iter().filter(|(_, poller)| whom.has_region(&poller.scope()));
+        let of_account = in_region().filter(|(_, poller)| whom.has_account(&poller.scope()));
+        let exact: BTreeSet<Hint> = of_account.map(|(hint, _)| hint.clone()).collect();
+        if exact.is_empty() { in_region().map(|(hint, _)| hint.clone()).collect() } else { exact }
     }
 
     /// The scope of what doesn't name its own.

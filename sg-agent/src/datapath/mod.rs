@@ -6,6 +6,7 @@
 //! and carried over, so an agent that dies or is replaced cuts nothing.
 
 mod attach;
+mod btf;
 mod drops;
 mod filter;
 mod mapped;
@@ -38,6 +39,11 @@ pub enum DatapathError {
         "cannot load the eBPF programs: {0}; run as root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON) on Linux 6.1 or later"
     )]
     Load(#[from] EbpfError),
+    /// The kernel doesn't describe its types.
+    #[error(
+        "cannot tell where the kernel keeps a packet's checksum: {0}; sg-agent needs a kernel with CONFIG_DEBUG_INFO_BTF"
+    )]
+    Btf(std::io::Error),
     /// The verifier refused a program.
     #[error("cannot load the eBPF program '{program}': {error}")]
     Program {
@@ -118,6 +124,8 @@ impl Datapath {
         let mut loader = EbpfLoader::new();
         let level = if log_drops { drops::LEVEL } else { 0 };
         loader.override_global(aya_log::LEVEL, &level, true);
+        let skb = btf::skb_layout().map_err(DatapathError::Btf)?;
+        loader.override_global("SKB", &skb, true);
         let (mut earlier, mut lock) = (None, None);
         if let Some(pins) = &pins {
             let has_flows;

@@ -12,11 +12,11 @@ use super::publish::{self, PublishSpec};
 use crate::model::{EniId, InstanceId};
 
 /// sg-agent's own labels. The last four add to, and win over, what an emulator's convention says.
-const INSTANCE: &str = "dev.sg-agent.instance-id";
-const ACCOUNT: &str = "dev.sg-agent.account";
-const REGION: &str = "dev.sg-agent.region";
+pub(crate) const INSTANCE: &str = "dev.sg-agent.instance-id";
+pub(crate) const ACCOUNT: &str = "dev.sg-agent.account";
+pub(crate) const REGION: &str = "dev.sg-agent.region";
 /// One id for each of the container's interfaces, in their order, separated by commas.
-const ENI: &str = "dev.sg-agent.eni";
+pub(crate) const ENI: &str = "dev.sg-agent.eni";
 const PUBLISH: &str = "dev.sg-agent.publish";
 
 /// Where a convention keeps a value.
@@ -63,10 +63,10 @@ const CONVENTIONS: &[Convention] = &[
 
 /// What a container says that it is.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Claim {
+pub(crate) struct Claim {
     /// Whose convention told.
     pub(super) system: &'static str,
-    pub(super) instance: InstanceId,
+    pub(crate) instance: InstanceId,
     pub(super) account: Option<Arc<str>>,
     pub(super) region: Option<Arc<str>>,
     /// By the order of the container's interfaces; none where an item is empty.
@@ -75,7 +75,7 @@ pub(super) struct Claim {
 }
 
 /// Reads a container's name (without a slash) and labels. What is wrong goes to `problems`.
-pub(super) fn claim(name: &str, labels: &HashMap<String, String>, problems: &mut Vec<String>) -> Option<Claim> {
+pub(crate) fn claim(name: &str, labels: &HashMap<String, String>, problems: &mut Vec<String>) -> Option<Claim> {
     let (convention, instance) =
         CONVENTIONS.iter().find_map(|convention| Some((convention, convention.instance(name, labels)?)))?;
     let instance = match names::id(instance) {

@@ -58,13 +58,13 @@ impl Endpoint {
 
 /// Docker couldn't be asked.
 #[derive(Debug)]
-pub(super) struct Failure {
-    pub(super) endpoint: String,
-    pub(super) cause: Error,
+pub(crate) struct Failure {
+    pub(crate) endpoint: String,
+    pub(crate) cause: Error,
 }
 
 /// Connects, and agrees on a version of the API; also tells the address that it found.
-pub(super) async fn connect(host: Option<&str>) -> Result<(Docker, String), Failure> {
+pub(crate) async fn connect(host: Option<&str>) -> Result<(Docker, String), Failure> {
     let configured = host.map(str::to_owned).or_else(|| std::env::var("DOCKER_HOST").ok());
     let endpoint = configured.filter(|host| !host.is_empty()).unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned());
     let connected = async { Docker::connect_with_host(&endpoint)?.with_timeout(TIMEOUT).negotiate_version().await };

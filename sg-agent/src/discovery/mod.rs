@@ -17,10 +17,10 @@
 //! container of its own it needs `--network host --pid host` and privileges.
 
 mod attach_spec;
-mod conventions;
-mod docker;
+pub(crate) mod conventions;
+pub(crate) mod docker;
 mod links;
-mod names;
+pub(crate) mod names;
 mod netlink;
 mod netns;
 mod publish;

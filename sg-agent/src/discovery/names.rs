@@ -6,7 +6,7 @@
 const LONGEST: usize = 64;
 
 /// An instance's or interface's id; emulators' ids need not be hexadecimal.
-pub(super) fn id(text: &str) -> Result<&str, String> {
+pub(crate) fn id(text: &str) -> Result<&str, String> {
     let plain = text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
     if text.is_empty() || text.len() > LONGEST || !plain {
         return Err(format!("{} is no id: 1 to {LONGEST} letters, digits and hyphens", quoted(text)));
@@ -32,7 +32,7 @@ pub(super) fn region(text: &str) -> Result<&str, String> {
 }
 
 /// A unicast MAC address.
-pub(super) fn mac(text: &str) -> Result<[u8; 6], String> {
+pub(crate) fn mac(text: &str) -> Result<[u8; 6], String> {
     let problem = || format!("{} is no unicast MAC address, as 02:42:ac:11:00:02", quoted(text));
     let mut mac = [0; 6];
     let mut parts = text.split([':', '-']);
@@ -47,7 +47,7 @@ pub(super) fn mac(text: &str) -> Result<[u8; 6], String> {
 }
 
 /// Text of unknown origin for a message: escaped, and cut if it is long.
-pub(super) fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     match text.char_indices().nth(LONGEST + 1) {
         Some((end, _)) => format!("{:?}…", &text[..end]),
         None => format!("{text:?}"),

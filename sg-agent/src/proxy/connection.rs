@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::counters::{Counts, PortCounters};
+use super::freshness::Freshness;
 use super::publish::Published;
 use super::splice::{self, Pipes};
 use super::{CONNECT_TIMEOUT, Deny, OnRevoke, Place, Settings};
@@ -28,6 +29,7 @@ use crate::decide::admits;
 pub struct Service {
     pub settings: Settings,
     pub snapshots: watch::Receiver<Arc<Snapshot>>,
+    pub freshness: Freshness,
     pub pipes: Arc<Pipes>,
     pub connections: TaskTracker,
     pub reset: CancellationToken,
@@ -86,6 +88,7 @@ impl Port {
     /// Serves one client from its first byte to its last.
     pub async fn serve(&self, stream: TcpStream, client: SocketAddr) {
         let mut snapshots = self.service.snapshots.clone();
+        self.service.freshness.renew().await;
         let judged = self.check(&snapshots.borrow_and_update(), client.ip());
         self.note_presence(judged != Err(Refusal::Gone));
         let (place, pass) = match judged {

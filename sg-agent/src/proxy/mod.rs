@@ -7,6 +7,7 @@
 
 mod connection;
 mod counters;
+mod freshness;
 mod listener;
 mod publish;
 mod splice;
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use counters::PortCounters;
+pub use freshness::Freshness;
 pub use publish::{DEFAULT_BIND, InvalidPublish, PublishSpec, Published};
 
 use crate::apply::Snapshot;
@@ -73,6 +75,7 @@ struct Settings {
 pub struct Proxy {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     settings: Settings,
+    freshness: Freshness,
     pipes: Arc<splice::Pipes>,
     ports: BTreeMap<Published, Open>,
     connections: TaskTracker,
@@ -114,6 +117,7 @@ impl Proxy {
         Self {
             snapshots,
             settings,
+            freshness: Freshness::default(),
             pipes: Arc::default(),
             ports: BTreeMap::new(),
             connections: TaskTracker::new(),
@@ -132,6 +136,13 @@ impl Proxy {
     #[must_use]
     pub fn on_revoke(mut self, on_revoke: OnRevoke) -> Self {
         self.settings.on_revoke = on_revoke;
+        self
+    }
+
+    /// Where connections have stale rules read anew. For ports that are opened from now on.
+    #[must_use]
+    pub fn fresh(mut self, freshness: Freshness) -> Self {
+        self.freshness = freshness;
         self
     }
 
@@ -170,6 +181,7 @@ impl Proxy {
                 let service = Service {
                     settings: self.settings,
                     snapshots: self.snapshots.clone(),
+                    freshness: self.freshness.clone(),
                     pipes: Arc::clone(&self.pipes),
                     connections: self.connections.clone(),
                     reset: self.reset.clone(),

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::World;
+use super::{Unknown, World};
 use crate::discovery::{Attachment, OUT_OF_SIGHT, Origin};
 use crate::model::{Eni, EniId, Inventory, Scope, VpcId, Warning};
 
@@ -44,6 +44,7 @@ pub(super) fn place<'a>(
     world: &'a World,
     default: &Scope,
     attachments: &'a [Attachment],
+    unknown: Unknown,
     warnings: &mut BTreeSet<Warning>,
 ) -> Vec<Placement<'a>> {
     let mut placements = Vec::new();
@@ -59,8 +60,13 @@ pub(super) fn place<'a>(
                 warnings.insert(Warning {
                     subject: attachment.instance.to_string(),
                     problem: format!(
-                        "is not known to the control plane: {} is denied everything",
-                        attachment.link.name
+                        "is not known to the control plane: {} is {}",
+                        attachment.link.name,
+                        if unknown == Unknown::Allow {
+                            "allowed everything (--unknown=allow)"
+                        } else {
+                            "denied everything"
+                        }
                     ),
                 });
                 placements.push(Placement {

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::members::Peerings;
 use super::place::Placement;
-use super::{AclRules, AclSpec, Allowance, Desired, GroupSpec, Peers, PolicyKey, Resolver, Spec, World};
+use super::{AclRules, AclSpec, Allowance, Desired, GroupSpec, Peers, PolicyKey, Resolver, Spec, Unknown, World};
 use crate::model::{
     AclEntry, GroupId, Inventory, Peer, Rule, RuleId, Scope, SecurityGroup, SubnetId, Traffic, Warning,
 };
@@ -23,6 +23,10 @@ impl Resolver {
     ) -> (PolicyKey, BTreeSet<GroupId>) {
         let instance = &placement.attachment.instance;
         let Some(eni) = placement.eni else {
+            if self.settings.unknown == Unknown::Allow {
+                desired.policies.entry(PolicyKey::NoGroup).or_insert_with(|| Arc::new(Spec::Groups(everything())));
+                return (PolicyKey::NoGroup, BTreeSet::new());
+            }
             desired.policies.entry(PolicyKey::Unknown).or_insert_with(|| Arc::new(Spec::Groups(GroupSpec::default())));
             return (PolicyKey::Unknown, BTreeSet::new());
         };

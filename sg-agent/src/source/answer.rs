@@ -64,6 +64,10 @@ calls! {
     DescribeNetworkAcls: "networkAclSet" of NetworkAcl,
     /// Peering connections.
     DescribeVpcPeeringConnections: "vpcPeeringConnectionSet" of Peering,
+    /// Key pairs.
+    DescribeKeyPairs: "keySet" of KeyPair,
+    /// Machine images.
+    DescribeImages: "imagesSet" of Image,
 }
 
 /// Why an answer isn't a page.

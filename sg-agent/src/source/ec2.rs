@@ -1,8 +1,11 @@
 //! An EC2 endpoint as a source: which calls make an inventory. Owns the order of the calls and what each is filtered
 //! by; polls when it is told to.
 
+mod launch;
 #[cfg(test)]
 mod tests;
+
+pub use launch::{Launch, LaunchInterface};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,6 +21,7 @@ use super::answer::{
 };
 use super::client::{Client, Parameters};
 use super::convert::{self, Facts};
+use super::corrections::{Corrections, ModifiedRule};
 use super::quirks::{self, Quirks};
 use super::rule_ids::RuleIds;
 use super::settings::{Ec2Options, Settings};
@@ -45,6 +49,7 @@ pub struct Ec2 {
     learnt: OnceLock<Scope>,
     told_of_default_groups: AtomicBool,
     rule_ids: RuleIds,
+    corrections: Corrections,
     vpcs: Mutex<BTreeMap<String, wire::Vpc>>,
 }
 
@@ -67,6 +72,7 @@ impl Ec2 {
             learnt: OnceLock::new(),
             told_of_default_groups: AtomicBool::new(false),
             rule_ids: RuleIds::default(),
+            corrections: Corrections::default(),
             vpcs: Mutex::default(),
         })
     }
@@ -74,6 +80,24 @@ impl Ec2 {
     /// The endpoint's URL.
     pub fn endpoint(&self) -> String {
         self.client.url()
+    }
+
+    /// Whether it isn't AWS itself.
+    pub fn is_emulator(&self) -> bool {
+        self.emulator
+    }
+
+    /// Rules were modified so, whatever an emulator will show.
+    pub fn note_modified(&self, rules: Vec<ModifiedRule>) {
+        if self.emulator {
+            self.corrections.note(rules);
+        }
+    }
+
+    /// The endpoint may have begun anew, with the same ids for other things.
+    pub fn forget(&self) {
+        self.corrections.forget();
+        self.known_vpcs().clear();
     }
 
     /// The account and region. Without `account` among the options it is the owner of what the first inventory held,
@@ -222,7 +246,8 @@ impl Ec2 {
         match rules {
             Err(error) if is_unsupported(&error) => Ok((groups, None)),
             rules => {
-                let rules = self.rule_ids.update(&groups, &to_read, rules?, now);
+                let mut rules = self.rule_ids.update(&groups, &to_read, rules?, now);
+                self.corrections.apply(&mut rules);
                 Ok((groups, Some(rules)))
             }
         }

@@ -6,11 +6,12 @@ mod alone;
 mod answer;
 mod client;
 mod convert;
+mod corrections;
 mod ec2;
 #[cfg(test)]
 mod fake;
 mod file;
-mod quirks;
+pub(crate) mod quirks;
 mod rule_ids;
 mod settings;
 mod wire;
@@ -20,7 +21,8 @@ use std::path::PathBuf;
 
 pub use alone::{actions, parse_answer};
 pub use answer::AnswerError;
-pub use ec2::Ec2;
+pub use corrections::ModifiedRule;
+pub use ec2::{Ec2, Launch, LaunchInterface};
 pub use file::RulesFile;
 pub use settings::Ec2Options;
 

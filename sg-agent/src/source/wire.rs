@@ -96,11 +96,25 @@ wire! {
         subnet: Option<String> = "subnetId" | "SubnetId",
         vpc: Option<String> = "vpcId" | "VpcId",
         source_dest_check: Option<bool> = "sourceDestCheck" | "SourceDestCheck",
+        image: String = "imageId" | "ImageId",
+        key: Option<String> = "keyName" | "KeyName",
     }
     /// An instance's state.
     InstanceState {
         code: Option<Number> = "code" | "Code",
         name: String = "name" | "Name",
+    }
+    /// An attribute's value, where one is set.
+    AttributeValue { value: Option<String> = "value" | "Value" }
+    /// A key pair.
+    KeyPair {
+        name: String = "keyName" | "KeyName",
+        public: Option<String> = "publicKey" | "PublicKey",
+    }
+    /// A machine image.
+    Image {
+        id: String = "imageId" | "ImageId",
+        name: Option<String> = "name" | "Name",
     }
     /// A tag.
     Tag {

@@ -69,6 +69,7 @@ impl Facts {
         inventory.prefix_lists = self.prefix_lists.iter().filter_map(|list| prefix_list(list, &mut warnings)).collect();
         let lists = inventory.prefix_lists.keys().cloned().collect();
         inventory.groups = rules::groups(self.groups, self.rules, &self.bare, &lists, quirks, &mut warnings);
+        inventory.terminated = self.reservations.iter().flatten().flat_map(interfaces::terminated).collect();
         let (instances, enis) =
             interfaces::instances(self.reservations, self.interfaces, &self.own_groups, &mut warnings);
         (inventory.instances, inventory.enis) = (instances, enis);
@@ -82,7 +83,7 @@ impl Facts {
 }
 
 /// The first id under which there are different items.
-fn twice<'a, T>(items: &'a [T], id: impl Fn(&T) -> &String, are_same: impl Fn(&T, &T) -> bool) -> Option<&'a str> {
+fn twice<T>(items: &[T], id: impl Fn(&T) -> &String, are_same: impl Fn(&T, &T) -> bool) -> Option<&str> {
     let mut seen: BTreeMap<&str, &T> = BTreeMap::new();
     items.iter().find_map(|item| {
         let first = seen.insert(id(item), item)?;

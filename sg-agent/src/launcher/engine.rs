@@ -1,0 +1,411 @@
+//! The launcher's Docker: its containers, its networks, images. Owns the calls and what marks a thing as this
+//! launcher's; decides nothing, and touches nothing that hasn't that mark.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::Ipv4Addr;
+
+use bollard::Docker;
+use bollard::container::LogOutput;
+use bollard::errors::Error;
+use bollard::exec::{CreateExecOptions, StartExecResults};
+use bollard::models::{
+    ContainerCreateBody, ContainerSummary, ContainerSummaryStateEnum, EndpointIpamConfig, EndpointSettings, HostConfig,
+    NetworkConnectRequest, NetworkDisconnectRequest, NetworkingConfig,
+};
+use bollard::query_parameters::{
+    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, DownloadFromContainerOptionsBuilder,
+    ListContainersOptionsBuilder, RemoveContainerOptionsBuilder, RestartContainerOptionsBuilder,
+    StopContainerOptionsBuilder, UploadToContainerOptionsBuilder,
+};
+use bollard::{body_full, models};
+use futures_util::{StreamExt, TryStreamExt};
+
+use super::plan::{Seen, Unit, Units};
+use super::{LaunchError, files, holder};
+use crate::discovery::conventions::{self, ACCOUNT, ENI, INSTANCE, REGION};
+use crate::discovery::names;
+use crate::model::InstanceId;
+use crate::source::Launch;
+
+/// Marks what a launcher made; the value says which one.
+pub(super) const LAUNCHER: &str = "dev.sg-agent.launcher";
+/// Which of an instance's two containers it is.
+const ROLE: &str = "dev.sg-agent.role";
+const HOLDER: &str = "network";
+const OWN: &str = "instance";
+
+/// Seconds that an instance has for its own end; then it is killed.
+const STOP: i32 = 10;
+
+/// Docker, and who asks it.
+#[derive(Clone, Debug)]
+pub(super) struct Engine {
+    pub(super) docker: Docker,
+    pub(super) marks: Marks,
+}
+
+/// What marks containers and networks as this launcher's.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Marks {
+    /// Its state directory, which tells the agents of one machine apart.
+    pub(super) launcher: String,
+    pub(super) region: String,
+    /// If it was told.
+    pub(super) account: Option<String>,
+}
+
+impl Marks {
+    pub(super) fn labels(&self) -> HashMap<String, String> {
+        let own = [(LAUNCHER, &self.launcher), (REGION, &self.region)];
+        let account = self.account.iter().map(|account| (ACCOUNT, account));
+        own.into_iter().chain(account).map(|(key, value)| (key.to_owned(), value.clone())).collect()
+    }
+
+    pub(super) fn are_on(&self, labels: &HashMap<String, String>) -> bool {
+        self.labels().iter().all(|(key, value)| labels.get(key) == Some(value))
+            && (self.account.is_some() || !labels.contains_key(ACCOUNT))
+    }
+}
+
+/// What a holder has in one network.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Wire {
+    pub(super) network: String,
+    pub(super) address: Ipv4Addr,
+    pub(super) mac: [u8; 6],
+}
+
+impl Engine {
+    /// What there is; `deep` looks into namespaces too.
+    pub(super) async fn look(&self, deep: bool) -> Result<Seen, Error> {
+        let options = ListContainersOptionsBuilder::default().all(true).build();
+        let mut seen = Seen::default();
+        for container in self.docker.list_containers(Some(options)).await? {
+            self.take(container, &mut seen);
+        }
+        for units in seen.ours.values_mut().filter(|_| deep) {
+            units.apart = self.is_apart(units).await?;
+        }
+        Ok(seen)
+    }
+
+    fn take(&self, container: ContainerSummary, seen: &mut Seen) {
+        let (Some(id), labels) = (container.id, container.labels.unwrap_or_default()) else { return };
+        let running = container.state == Some(ContainerSummaryStateEnum::RUNNING);
+        let unit = Some(Unit { id, running });
+        match (labels.get(INSTANCE), labels.get(ROLE).map(String::as_str)) {
+            (Some(instance), Some(role)) if self.marks.are_on(&labels) => {
+                let units = seen.ours.entry(instance.as_str().into()).or_default();
+                match role {
+                    HOLDER => units.holder = unit,
+                    _ => units.own = unit,
+                }
+            }
+            _ if running => {
+                let names = container.names.unwrap_or_default();
+                let name = names.first().map_or("", |name| name.trim_start_matches('/'));
+                let claim = conventions::claim(name, &labels, &mut Vec::new());
+                seen.others.extend(claim.map(|claim| claim.instance));
+            }
+            _ => {}
+        }
+    }
+
+    /// The containers of one instance.
+    pub(super) async fn units(&self, instance: &InstanceId) -> Result<Units, Error> {
+        Ok(self.look(false).await?.ours.remove(instance).unwrap_or_default())
+    }
+
+    /// Whether an instance's container runs in another namespace than its holder.
+    pub(super) async fn is_apart(&self, units: &Units) -> Result<bool, Error> {
+        let (Some(holder), Some(own)) = (&units.holder, &units.own) else { return Ok(false) };
+        let (holder, own) = (self.namespace(&holder.id).await?, self.namespace(&own.id).await?);
+        Ok(matches!((holder, own), (Some(holder), Some(own)) if holder != own))
+    }
+
+    /// What makes a running container's network namespace itself.
+    async fn namespace(&self, container: &str) -> Result<Option<u64>, Error> {
+        use std::os::unix::fs::MetadataExt as _;
+        let state = self.docker.inspect_container(container, None).await?.state;
+        let pid = state.and_then(|state| state.pid).filter(|pid| *pid > 0);
+        Ok(pid.and_then(|pid| Some(std::fs::metadata(format!("/proc/{pid}/ns/net")).ok()?.ino())))
+    }
+
+    /// Makes a holder in its first network, and starts it; its id.
+    pub(super) async fn hold(&self, launch: &Launch, network: &str, address: Ipv4Addr) -> Result<String, Error> {
+        let enis: Vec<&str> = launch.interfaces.iter().map(|interface| &*interface.eni.0).collect();
+        let mut labels = self.labels(&launch.instance, HOLDER);
+        if enis.iter().all(|eni| names::id(eni).is_ok()) {
+            labels.insert(ENI.to_owned(), enis.join(","));
+        }
+        let body = ContainerCreateBody {
+            image: Some(holder::IMAGE.to_owned()),
+            cmd: Some(vec![holder::PROGRAM.to_owned()]),
+            hostname: Some(hostname(address)),
+            labels: Some(labels),
+            // It does nothing that it had to end.
+            stop_signal: Some("SIGKILL".to_owned()),
+            host_config: Some(HostConfig {
+                network_mode: Some(network.to_owned()),
+                cap_drop: Some(vec!["ALL".to_owned()]),
+                readonly_rootfs: Some(true),
+                ..HostConfig::default()
+            }),
+            networking_config: Some(NetworkingConfig {
+                endpoints_config: Some(HashMap::from([(network.to_owned(), at(address))])),
+            }),
+            ..ContainerCreateBody::default()
+        };
+        let id = self.create(&format!("sg-agent-{}-net", launch.instance), body).await?;
+        match self.docker.start_container(&id, None).await {
+            Ok(()) => Ok(id),
+            Err(error) => {
+                // One that never ran reserves nothing, but has the name.
+                let _ = self.remove(&id).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes an instance's own container in a holder's namespace; its id. It isn't started.
+    pub(super) async fn make(&self, launch: &Launch, image: &str, holder: &str) -> Result<String, Error> {
+        let body = ContainerCreateBody {
+            image: Some(image.to_owned()),
+            labels: Some(self.labels(&launch.instance, OWN)),
+            host_config: Some(HostConfig {
+                network_mode: Some(format!("container:{holder}")),
+                ..HostConfig::default()
+            }),
+            ..ContainerCreateBody::default()
+        };
+        self.create(&format!("sg-agent-{}", launch.instance), body).await
+    }
+
+    async fn create(&self, name: &str, body: ContainerCreateBody) -> Result<String, Error> {
+        let options = CreateContainerOptionsBuilder::default().name(name).build();
+        Ok(self.docker.create_container(Some(options), body).await?.id)
+    }
+
+    fn labels(&self, instance: &InstanceId, role: &str) -> HashMap<String, String> {
+        let mut labels = self.marks.labels();
+        labels.extend([(INSTANCE.to_owned(), instance.to_string()), (ROLE.to_owned(), role.to_owned())]);
+        labels
+    }
+
+    pub(super) async fn start(&self, container: &str) -> Result<(), Error> {
+        self.docker.start_container(container, None).await
+    }
+
+    pub(super) async fn stop(&self, container: &str) -> Result<(), Error> {
+        let options = StopContainerOptionsBuilder::default().t(STOP).build();
+        absent_is_fine(self.docker.stop_container(container, Some(options)).await)
+    }
+
+    pub(super) async fn restart(&self, container: &str) -> Result<(), Error> {
+        let options = RestartContainerOptionsBuilder::default().t(STOP).build();
+        self.docker.restart_container(container, Some(options)).await
+    }
+
+    pub(super) async fn remove(&self, container: &str) -> Result<(), Error> {
+        let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
+        absent_is_fine(self.docker.remove_container(container, Some(options)).await)
+    }
+
+    /// Joins a holder to one more network.
+    pub(super) async fn connect(&self, network: &str, container: &str, address: Ipv4Addr) -> Result<(), Error> {
+        let endpoint_config = Some(at(address));
+        let request = NetworkConnectRequest { container: container.to_owned(), endpoint_config };
+        self.docker.connect_network(network, request).await
+    }
+
+    pub(super) async fn disconnect(&self, network: &str, container: &str) -> Result<(), Error> {
+        let request = NetworkDisconnectRequest { container: container.to_owned(), force: Some(true) };
+        absent_is_fine(self.docker.disconnect_network(network, request).await)
+    }
+
+    /// The networks that a holder is joined to, by name; of a running one with what it has there.
+    pub(super) async fn wires(&self, holder: &str) -> Result<BTreeMap<String, Option<Wire>>, Error> {
+        let inspected = self.docker.inspect_container(holder, None).await?;
+        let networks = inspected.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
+        let wire = |network: &String, settings: EndpointSettings| {
+            let address = settings.ip_address?.parse().ok()?;
+            let mac = names::mac(&settings.mac_address?).ok()?;
+            Some(Wire { network: network.clone(), address, mac })
+        };
+        Ok(networks.into_iter().map(|(name, settings)| (name.clone(), wire(&name, settings))).collect())
+    }
+
+    /// Whether a container was never started.
+    pub(super) async fn is_fresh(&self, container: &str) -> Result<bool, Error> {
+        let state = self.docker.inspect_container(container, None).await?.state;
+        Ok(state.is_some_and(|state| state.status == Some(models::ContainerStateStatusEnum::CREATED)))
+    }
+
+    /// Whether a file is there.
+    pub(super) async fn has(&self, container: &str, path: &str) -> Result<bool, Error> {
+        Ok(self.download(container, path).await?.is_some())
+    }
+
+    /// A file as an archive, if it is there.
+    pub(super) async fn download(&self, container: &str, path: &str) -> Result<Option<Vec<u8>>, Error> {
+        let options = DownloadFromContainerOptionsBuilder::default().path(&format!("/{path}")).build();
+        let read = self.docker.download_from_container(container, Some(options));
+        let read = read.try_fold(Vec::new(), |mut all, chunk| async move {
+            all.extend_from_slice(&chunk);
+            Ok(all)
+        });
+        match read.await {
+            Ok(archive) => Ok(Some(archive)),
+            Err(error) if is_absent(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Unpacks an archive in a container.
+    pub(super) async fn upload(&self, container: &str, archive: Vec<u8>) -> Result<(), Error> {
+        let options = UploadToContainerOptionsBuilder::default().path("/").build();
+        self.docker.upload_to_container(container, Some(options), body_full(archive.into())).await
+    }
+
+    /// Starts the script that was put there; what comes of it is logged.
+    pub(super) async fn run_script(&self, container: &str, instance: &InstanceId) -> Result<(), Error> {
+        let command = CreateExecOptions {
+            cmd: Some(files::RUN.to_vec()),
+            user: Some("0"),
+            attach_stdout: Some(true),
+            attach_stderr: Some(true),
+            ..CreateExecOptions::default()
+        };
+        let exec = self.docker.create_exec(container, command).await?.id;
+        let StartExecResults::Attached { mut output, .. } = self.docker.start_exec(&exec, None).await? else {
+            return Ok(());
+        };
+        let (docker, instance) = (self.docker.clone(), instance.clone());
+        tokio::spawn(async move {
+            // The script's own output goes to a file; this is what kept it from starting.
+            let mut said = String::new();
+            while let Some(Ok(part)) = output.next().await {
+                if let LogOutput::StdOut { message } | LogOutput::StdErr { message } = part {
+                    said.push_str(&String::from_utf8_lossy(&message[..message.len().min(200)]));
+                    said.truncate(said.char_indices().nth(200).map_or(said.len(), |(end, _)| end));
+                }
+            }
+            let code = docker.inspect_exec(&exec).await.ok().and_then(|exec| exec.exit_code);
+            match code {
+                Some(0) => tracing::info!(%instance, "its user data has run"),
+                code => tracing::warn!(
+                    %instance, ?code, said = %said.escape_default(),
+                    "its user data failed; its output is in the instance's /{}", files::OUTPUT
+                ),
+            }
+        });
+        Ok(())
+    }
+
+    /// Makes sure of the holders' image.
+    pub(super) async fn ensure_holder(&self) -> Result<(), LaunchError> {
+        if self.has_image(holder::IMAGE).await? {
+            return Ok(());
+        }
+        let archive = holder::archive().map_err(LaunchError::Archive)?;
+        let (name, tag) = holder::IMAGE.split_once(':').unwrap_or((holder::IMAGE, "latest"));
+        let options = CreateImageOptionsBuilder::default().from_src("-").repo(name).tag(tag).build();
+        let made = self.docker.create_image(Some(options), Some(body_full(archive.into())), None);
+        Ok(made.try_for_each(|_| async { Ok(()) }).await?)
+    }
+
+    /// Makes sure of an image; one that isn't there is pulled.
+    pub(super) async fn ensure_image(&self, image: &str, tell: impl Fn(String)) -> Result<(), LaunchError> {
+        if self.has_image(image).await? {
+            return Ok(());
+        }
+        tracing::info!(image, "is not here: pulling it");
+        // Without a tag Docker would pull all of them.
+        let name = image.rsplit('/').next().unwrap_or(image);
+        let whole = if name.contains([':', '@']) { image.to_owned() } else { format!("{image}:latest") };
+        let options = CreateImageOptionsBuilder::default().from_image(&whole).build();
+        let mut pulling = std::pin::pin!(self.docker.create_image(Some(options), None, None));
+        let mut layers: HashMap<String, (i64, i64)> = HashMap::new();
+        while let Some(step) = pulling.next().await {
+            let step = step.map_err(|cause| LaunchError::Image { image: image.to_owned(), cause })?;
+            if let (Some(layer), Some(progress)) = (step.id, step.progress_detail)
+                && let (Some(done), Some(all)) = (progress.current, progress.total)
+            {
+                layers.insert(layer, (done, all));
+                let (done, all) = layers.values().fold((0, 0), |sum, layer| (sum.0 + layer.0, sum.1 + layer.1));
+                tell(format!("pulling {image}: {} of {} MB", done / 1_000_000, all / 1_000_000));
+            }
+        }
+        tracing::info!(image, "is here now");
+        Ok(())
+    }
+
+    async fn has_image(&self, image: &str) -> Result<bool, Error> {
+        match self.docker.inspect_image(image).await {
+            Ok(_) => Ok(true),
+            Err(error) if is_absent(&error) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The TCP ports that an image says it serves.
+    pub(super) async fn exposed(&self, image: &str) -> Result<BTreeSet<u16>, Error> {
+        let config = self.docker.inspect_image(image).await?.config;
+        let ports = config.and_then(|config| config.exposed_ports).unwrap_or_default();
+        Ok(ports.iter().filter_map(|port| port.strip_suffix("/tcp")?.parse().ok()).collect())
+    }
+}
+
+/// As EC2 names an instance in its own network.
+fn hostname(address: Ipv4Addr) -> String {
+    format!("ip-{}", address.to_string().replace('.', "-"))
+}
+
+fn at(address: Ipv4Addr) -> EndpointSettings {
+    let ipam = EndpointIpamConfig { ipv4_address: Some(address.to_string()), ..EndpointIpamConfig::default() };
+    EndpointSettings { ipam_config: Some(ipam), ..EndpointSettings::default() }
+}
+
+pub(super) fn is_absent(error: &Error) -> bool {
+    matches!(error, Error::DockerResponseServerError { status_code: 404, .. })
+}
+
+fn absent_is_fine(result: Result<(), Error>) -> Result<(), Error> {
+    // 304: it is so already.
+    let is_fine =
+        |error: &Error| is_absent(error) || matches!(error, Error::DockerResponseServerError { status_code: 304, .. });
+    match result {
+        Err(error) if !is_fine(&error) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Whether somebody else has the address.
+pub(super) fn is_taken(error: &Error) -> bool {
+    matches!(error, Error::DockerResponseServerError { message, .. } if message.contains("ddress already in use"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_ones_own_marks_count() {
+        let marks = Marks { launcher: "/run/sg-agent".into(), region: "us-east-1".into(), account: None };
+        let with = |changes: &[(&str, &str)]| {
+            let mut labels = marks.labels();
+            labels.extend(changes.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
+            labels
+        };
+        assert!(marks.are_on(&with(&[(INSTANCE, "i-1")])));
+        assert!(!marks.are_on(&with(&[(LAUNCHER, "/run/other")])));
+        assert!(!marks.are_on(&with(&[(REGION, "eu-west-1")])));
+        assert!(!marks.are_on(&with(&[(ACCOUNT, "000000000000")])));
+        assert!(!marks.are_on(&HashMap::from([(INSTANCE.to_owned(), "i-1".to_owned())])));
+    }
+
+    #[test]
+    fn a_hostname_is_as_ec2_gives_it() {
+        assert_eq!(hostname(Ipv4Addr::new(10, 0, 1, 5)), "ip-10-0-1-5");
+    }
+}
