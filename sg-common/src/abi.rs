@@ -6,7 +6,7 @@
 use crate::addr::Address;
 
 /// The version of everything in this module. Bump it with every change of a type, a map or a number's meaning.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// Interfaces that one agent can hold (the norm's 1,000 instances, with room for second interfaces).
 pub const MAX_INTERFACES: u32 = 2_048;
@@ -295,31 +295,37 @@ pub struct Flow {
     pub acl: u32,
     /// [`Config::world`] when it was last judged.
     pub world: u32,
+    /// TCP, with [`ACKNOWLEDGED`]: how far the instance has acknowledged what it received, roughly.
+    pub acknowledged: u32,
+    /// [`ORIGIN_EGRESS`] and the other flags of a flow.
+    pub flags: u16,
     /// A [`crate::conntrack::State`].
     pub state: u8,
-    /// [`ORIGIN_EGRESS`] and the other flags of a flow.
-    pub flags: u8,
     /// Zero.
-    pub pad: u16,
+    pub pad: [u8; 5],
 }
-const _: () = assert!(size_of::<Flow>() == 24);
+const _: () = assert!(size_of::<Flow>() == 32);
 
 /// Flag of [`Flow`]: the instance began it.
-pub const ORIGIN_EGRESS: u8 = 1;
+pub const ORIGIN_EGRESS: u16 = 1;
 /// Flag of [`Flow`]: the ACL was asked about its ingress in this epoch, and allows it.
-pub const ACL_INGRESS: u8 = 2;
+pub const ACL_INGRESS: u16 = 2;
 /// Flag of [`Flow`]: the ACL was asked about its egress in this epoch, and allows it.
-pub const ACL_EGRESS: u8 = 4;
+pub const ACL_EGRESS: u16 = 4;
 /// Flag of [`Flow`]: neither groups nor ACLs apply (an exempt service, or the agent's proxy).
-pub const UNFILTERED: u8 = 8;
+pub const UNFILTERED: u16 = 8;
 /// Flag of [`Flow`]: TCP, a FIN came from its origin's side.
-pub const FIN_ORIGIN: u8 = 16;
+pub const FIN_ORIGIN: u16 = 16;
 /// Flag of [`Flow`]: TCP, a FIN came from the other side.
-pub const FIN_REPLY: u8 = 32;
+pub const FIN_REPLY: u16 = 32;
 /// Flag of [`Flow`]: TCP, after a RST its origin's side went on as if nothing had happened.
-pub const ALIVE_ORIGIN: u8 = 64;
+pub const ALIVE_ORIGIN: u16 = 64;
 /// Flag of [`Flow`]: TCP, after a RST the other side went on.
-pub const ALIVE_REPLY: u8 = 128;
+pub const ALIVE_REPLY: u16 = 128;
+/// Flag of [`Flow`]: it was picked up in the middle, and may as well have begun in the other direction (SG-3.9).
+pub const EITHER_ORIGIN: u16 = 256;
+/// Flag of [`Flow`]: TCP, the instance has acknowledged something.
+pub const ACKNOWLEDGED: u16 = 512;
 
 /// Key of the map `FRAGMENTS`: a fragmented packet of which the first fragment passed.
 #[repr(C)]

@@ -43,10 +43,13 @@ pub trait Tables {
         self.membership(vpc | abi::DELEGATED, &peer.delegated())
     }
 
-    /// Whether an address is an interface's own beyond the primary ones, by itself or by its delegated prefix.
+    /// [`is_secondary`], as a function call in the kernel.
     #[inline(always)]
-    fn is_secondary(&self, eni: u32, address: &Address) -> bool {
-        self.has_own(eni, address) || (!address.is_v4() && self.has_own(eni | abi::DELEGATED, &address.delegated()))
+    fn is_secondary(&self, eni: u32, address: &Address) -> bool
+    where
+        Self: Sized,
+    {
+        is_secondary(self, eni, address)
     }
 
     /// What a table says, by [`find`]: the kernel's way there is a function call, so that it is verified once.
@@ -116,6 +119,12 @@ pub fn find<T: Tables>(tables: &T, table: u32, policy: &Policy, vpc: u32, query:
         }
     }
     Match::None
+}
+
+/// Whether an address is an interface's own beyond the primary ones, by itself or by its delegated prefix.
+#[inline(always)]
+pub fn is_secondary<T: Tables>(tables: &T, eni: u32, address: &Address) -> bool {
+    tables.has_own(eni, address) || (!address.is_v4() && tables.has_own(eni | abi::DELEGATED, &address.delegated()))
 }
 
 /// One cell of a policy's matrix. Row and column 0 are those of no rule.

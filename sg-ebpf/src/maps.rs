@@ -11,7 +11,7 @@ use sg_common::abi::*;
 use sg_common::addr::Address;
 use sg_common::judge::{Full, Memory};
 use sg_common::packet::Packet;
-use sg_common::policy::{Match, Query, Tables, find};
+use sg_common::policy::{Match, Query, Tables, find, is_secondary};
 
 #[map]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
@@ -193,6 +193,11 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn is_secondary(&self, eni: u32, address: &Address) -> bool {
+        find_own(eni, address) != 0
+    }
+
+    #[inline(always)]
     fn is_exempt(&self, vpc: u32, address: &Address, protocol: u8, port: u16) -> bool {
         // SAFETY: see `interface`.
         unsafe { EXEMPT.get(ExemptKey { vpc, address: *address, port, protocol, pad: 0 }) }.is_some()
@@ -218,6 +223,15 @@ extern "C" fn find_rule(table: u32, vpc: u32, peer: *const Address, protocol_por
     let Some(policy) = POLICIES.get(table) else { return Match::None as u32 };
     let query = Query { peer, protocol: (protocol_port >> 16) as u8, port: protocol_port as u16 };
     find(&Maps, table, policy, vpc, &query) as u32
+}
+
+/// [`is_secondary`] as such a function.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn find_own(eni: u32, address: *const Address) -> u32 {
+    // SAFETY: see `find_rule`.
+    let Some(address) = (unsafe { address.as_ref() }) else { return 0 };
+    is_secondary(&Maps, eni, address) as u32
 }
 
 impl Memory for Maps {

@@ -1,10 +1,11 @@
 //! P1: the frame as the kernel hands it over. The only place with packet pointers.
 
 use aya_ebpf::Global;
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::programs::TcContext;
 use sg_common::abi::SkbLayout;
-use sg_common::packet::Frame;
+use sg_common::packet::{Frame, ipv4_options};
 use sg_common::verdict::Drop;
 
 /// Set by the agent; see [`SkbLayout`].
@@ -104,6 +105,26 @@ impl Frame for SkbFrame<'_> {
     #[inline(always)]
     fn len(&self) -> u32 {
         self.0.len()
+    }
+
+    #[inline(always)]
+    fn options(&self, at: u32, end: u32) -> Result<(), Drop> {
+        match walk_options(self.0.skb.skb, at, end) {
+            0 => Ok(()),
+            reason => Err(if reason == Drop::SourceRoute as u32 { Drop::SourceRoute } else { Drop::Malformed }),
+        }
+    }
+}
+
+/// [`ipv4_options`] as a function that the verifier knows as global: it is verified once, whatever its caller knows.
+/// Returns the reason's number, or 0.
+// VERIFIER: "BPF program is too large. Processed 1000001 insn" (6.18) with the loop in its place.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn walk_options(skb: *mut __sk_buff, at: u32, end: u32) -> u32 {
+    match ipv4_options(&SkbFrame(&TcContext::new(skb)), at, end) {
+        Ok(()) => 0,
+        Err(drop) => drop as u32,
     }
 }
 

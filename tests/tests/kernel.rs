@@ -11,6 +11,8 @@ mod addresses;
 mod cases;
 #[path = "kernel/cut.rs"]
 mod cut;
+#[path = "kernel/ends.rs"]
+mod ends;
 #[path = "kernel/exempt.rs"]
 mod exempt;
 #[path = "kernel/fragments.rs"]
@@ -27,6 +29,8 @@ mod live;
 mod malformed;
 #[path = "kernel/neighbor.rs"]
 mod neighbor;
+#[path = "kernel/options.rs"]
+mod options;
 #[path = "kernel/rules.rs"]
 mod rules;
 #[path = "kernel/spoofing.rs"]

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 pub use agent::{Agent, binary, said};
 pub use docker::{Container, Docker, IDLE, Network, docker, import};
 pub use endpoint::Endpoint;
-pub use frames::{arp_reply, send_frame};
+pub use frames::{arp_reply, offloaded_datagram, send_frame, send_offloaded};
 pub use lab::{Lab, LabBuilder};
 pub use moto::{Moto, element};
 pub use namespace::Namespace;
