@@ -20,7 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use agent::{Agent, binary, said};
-pub use docker::{Container, Docker, IDLE, Network, docker, import};
+pub use docker::{Container, Docker, IDLE, Launched, Network, docker, import};
 pub use endpoint::Endpoint;
 pub use frames::{arp_reply, send_frame};
 pub use lab::{Lab, LabBuilder};
