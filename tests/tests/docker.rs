@@ -7,6 +7,8 @@ mod bad_input;
 mod containers;
 #[path = "docker/control_plane.rs"]
 mod control_plane;
+#[path = "docker/failures.rs"]
+mod failures;
 #[path = "docker/image.rs"]
 mod image;
 #[path = "docker/launcher.rs"]
