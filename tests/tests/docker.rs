@@ -7,8 +7,12 @@ mod bad_input;
 mod containers;
 #[path = "docker/control_plane.rs"]
 mod control_plane;
+#[path = "docker/failures.rs"]
+mod failures;
 #[path = "docker/image.rs"]
 mod image;
+#[path = "docker/launcher.rs"]
+mod launcher;
 #[path = "docker/session.rs"]
 mod session;
 

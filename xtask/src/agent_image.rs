@@ -1,4 +1,5 @@
-//! `cargo xtask image`: the agent as a container image, with nothing but its executable and what that is linked to.
+//! `cargo xtask image`: the agent as a container image, with nothing but its executable and what that is linked to; and,
+//! if that is asked for, the image of launched instances.
 
 use std::fs;
 use std::path::Path;
@@ -19,10 +20,17 @@ pub struct Options {
     /// The image's name
     #[arg(long, value_name = "NAME[:TAG]", default_value = concat!("sg-agent:", env!("CARGO_PKG_VERSION")))]
     tag: String,
+    /// Make the image of launched instances anew instead (sg-agent/instance)
+    #[arg(long, conflicts_with = "tag")]
+    instance: bool,
 }
 
 /// Builds the agent and its image, and says how to run it.
 pub fn run(options: &Options) -> Result<ExitCode> {
+    if options.instance {
+        image::make_instance(&Engine::ensure()?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let agent = build::build(true)?;
     let engine = Engine::ensure()?;
     ui::step(&format!("making the image {}", options.tag));

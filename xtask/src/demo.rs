@@ -6,19 +6,10 @@ mod stage;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::Args;
 use console::style;
 
 use crate::build;
 use stage::{Instance, Stage};
-
-/// The command's options.
-#[derive(Args)]
-pub struct Options {
-    /// The host's port that leads to the instance's port 22
-    #[arg(long, value_name = "PORT", default_value_t = 32022)]
-    ssh_port: u16,
-}
 
 /// An outcome that the play expects.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -38,9 +29,9 @@ enum Attempt {
 }
 
 /// Plays the session; fails when an outcome isn't what a security group promises.
-pub fn run(options: &Options) -> Result<ExitCode> {
+pub fn run() -> Result<ExitCode> {
     let agent = build::build(true)?;
-    let mut stage = Stage::set_up(agent, options.ssh_port)?;
+    let mut stage = Stage::set_up(agent)?;
     let differing = play(&mut stage)?;
     drop(stage);
     if differing == 0 {
@@ -58,13 +49,14 @@ fn play(stage: &mut Stage) -> Result<u32> {
     let mut differing = 0;
     let mut check = |what: &str, expected: Expected, attempt: Attempt| differing += judge(what, expected, attempt);
 
-    chapter("A key, a group that lets SSH in from anywhere, an instance, and the container that stands for it");
+    chapter("A key, a group that lets SSH in from anywhere, and an instance, which becomes a container");
+    stage.start_agent()?;
     stage.create_key()?;
     let web_group = stage.create_group("web")?;
     stage.authorize(&web_group, &anywhere)?;
-    let web = stage.instance("web", &web_group, Some(22), &[])?;
-    stage.start_agent()?;
-    stage.settle()?;
+    let web = stage.instance(&web_group, None)?;
+    stage.serves(&web, 22)?;
+    stage.ports()?;
     check("ssh gets a shell", Expected::Allowed, stage.ssh()?);
 
     chapter("The rule is revoked, and comes back");
@@ -85,14 +77,9 @@ fn play(stage: &mut Stage) -> Result<u32> {
     let app_group = stage.create_group("app")?;
     let db_group = stage.create_group("db")?;
     stage.authorize(&db_group, &["--protocol", "tcp", "--port", "3306", "--source-group", &app_group])?;
-    let app = stage.instance("app", &app_group, None, &[])?;
-    let db = stage.instance(
-        "db",
-        &db_group,
-        None,
-        &["/bin/nc", "-ll", "-p", "3306", "-e", "/bin/echo", "hello from the database"],
-    )?;
-    stage.settle()?;
+    let app = stage.instance(&app_group, None)?;
+    let db = stage.instance(&db_group, Some("#!/bin/sh\nnc -ll -p 3306 -e /bin/echo hello from the database"))?;
+    stage.serves(&db, 3306)?;
     let mut from = |instance: &Instance, expected, what: &str| -> Result<()> {
         let attempt = stage.connect(instance, &db, 3306)?;
         check(what, expected, attempt);
@@ -100,6 +87,10 @@ fn play(stage: &mut Stage) -> Result<u32> {
     };
     from(&app, Expected::Allowed, "the instance in `app` reaches the database")?;
     from(&web, Expected::Denied, "the instance in `web` doesn't")?;
+
+    chapter("Terminated instances take their containers with them");
+    stage.terminate(&[&web, &app, &db])?;
+    stage.settle()?;
     Ok(differing)
 }
 

@@ -1,5 +1,5 @@
-//! Images made of this machine's own files, since nothing can be pulled everywhere, and that of the demo's instances:
-//! BusyBox, and Dropbear as a real SSH server. Starting containers from them is the caller's.
+//! Images made of this machine's own files, since nothing can be pulled everywhere, and that of launched instances:
+//! BusyBox, and Dropbear as a real SSH server. Starting containers from them is the agent's.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -8,18 +8,28 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::cmd;
-use crate::deps::docker::Engine;
+use crate::deps::{self, docker::Engine};
+use crate::{cmd, ui};
 
-/// The applets that the session calls.
-const APPLETS: [&str; 7] = ["sh", "ls", "cat", "echo", "hostname", "nc", "sleep"];
+/// The agent's default for launched instances (`DEFAULT_IMAGE` in sg-agent/src/launcher/images.rs).
+pub const INSTANCE: &str = "sg-agent/instance:latest";
 
-/// Makes an image whose root takes this SSH key, and which starts an SSH server on port 22.
-pub fn import(engine: &Engine, tag: &str, authorized_key: &str) -> Result<()> {
+/// Makes sure of the image of launched instances.
+pub fn ensure_instance(engine: &Engine) -> Result<()> {
+    if cmd::succeeds(engine.docker().args(["image", "inspect", INSTANCE])) {
+        return Ok(());
+    }
+    make_instance(engine)
+}
+
+/// Makes the image of launched instances: an SSH server on port 22, and a shell. Root's keys come with the instance.
+pub fn make_instance(engine: &Engine) -> Result<()> {
+    deps::ensure_tools(&[deps::BUSYBOX, deps::DROPBEAR])?;
+    ui::step(&format!("making the image {INSTANCE} of BusyBox and Dropbear: launched instances run it"));
     let root = tempfile::tempdir().context("cannot make a temporary directory")?;
-    fill(root.path(), authorized_key).context("cannot make the instances' image")?;
+    fill(root.path()).context("cannot make the instances' image")?;
     // -R makes the host's keys, -F stays in the foreground, -E logs to standard error.
-    load(engine, root.path(), tag, &[r#"CMD ["/usr/sbin/dropbear", "-R", "-F", "-E"]"#])
+    load(engine, root.path(), INSTANCE, &[r#"CMD ["/usr/sbin/dropbear", "-R", "-F", "-E"]"#, "EXPOSE 22"])
 }
 
 /// Makes an image of a directory; `changes` are lines of a Dockerfile.
@@ -48,15 +58,15 @@ pub fn load(engine: &Engine, root: &Path, tag: &str, changes: &[&str]) -> Result
     Ok(())
 }
 
-fn fill(root: &Path, authorized_key: &str) -> Result<()> {
-    for dir in ["bin", "usr/sbin", "etc/dropbear", "root/.ssh", "tmp", "var/run", "proc", "sys", "dev"] {
+fn fill(root: &Path) -> Result<()> {
+    for dir in ["bin", "usr/sbin", "etc/dropbear", "root", "tmp", "var/run", "var/log", "proc", "sys", "dev"] {
         fs::create_dir_all(root.join(dir))?;
     }
     let busybox = cmd::find("busybox").context("busybox isn't there: install busybox-static")?;
-    fs::copy(busybox, root.join("bin/busybox"))?;
-    for applet in APPLETS {
+    for applet in cmd::stdout(Command::new(&busybox).arg("--list"))?.lines().filter(|applet| *applet != "busybox") {
         symlink("busybox", root.join("bin").join(applet))?;
     }
+    fs::copy(busybox, root.join("bin/busybox"))?;
     let dropbear = cmd::find("dropbear").context("dropbear isn't there: install dropbear-bin")?;
     fs::copy(&dropbear, root.join("usr/sbin/dropbear"))?;
     copy_libraries(root, &dropbear)?;
@@ -64,12 +74,8 @@ fn fill(root: &Path, authorized_key: &str) -> Result<()> {
     fs::write(root.join("etc/group"), "root:x:0:\n")?;
     // Dropbear lets in only users whose shell is listed.
     fs::write(root.join("etc/shells"), "/bin/sh\n")?;
-    let keys = root.join("root/.ssh/authorized_keys");
-    fs::write(&keys, format!("{}\n", authorized_key.trim()))?;
     // Dropbear ignores keys that others could write.
-    for (path, mode) in
-        [(root.to_owned(), 0o755), (root.join("root"), 0o700), (root.join("root/.ssh"), 0o700), (keys, 0o600)]
-    {
+    for (path, mode) in [(root.to_owned(), 0o755), (root.join("root"), 0o700), (root.join("tmp"), 0o1777)] {
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
     }
     Ok(())

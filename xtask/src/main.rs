@@ -8,6 +8,7 @@ mod deps;
 mod ebpf;
 mod fuzz;
 mod image;
+mod launched;
 mod libtest;
 mod moto;
 mod run;
@@ -35,12 +36,12 @@ enum Command {
     Run(run::Options),
     /// Run the tests, all sets or some
     Test(test::Options),
-    /// Build the agent's container image (sg-agent:VERSION)
+    /// Build the agent's container image (sg-agent:VERSION), or that of launched instances (--instance)
     Image(agent_image::Options),
     /// Fuzz: the properties with millions of packets, and the libFuzzer targets
     Fuzz(fuzz::Options),
     /// Play a session with the AWS CLI, Docker and SSH, and check every outcome
-    Demo(demo::Options),
+    Demo,
 }
 
 fn main() -> ExitCode {
@@ -51,7 +52,7 @@ fn main() -> ExitCode {
         Command::Test(options) => test::run(&options),
         Command::Image(options) => agent_image::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
-        Command::Demo(options) => demo::run(&options),
+        Command::Demo => demo::run(),
     });
     match outcome {
         Ok(code) => code,

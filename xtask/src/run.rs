@@ -13,10 +13,13 @@ use nix::sys::signal::Signal;
 
 use crate::deps::{self, docker::Engine, python::Venv};
 use crate::moto::{self, Moto};
-use crate::{build, cmd, ui};
+use crate::{build, cmd, image, launched, ui};
 
 /// How long the agent may take to end after a signal.
 const STOP: Duration = Duration::from_secs(15);
+
+/// The agent's own default.
+const STATE_DIR: &str = "/run/sg-agent";
 
 /// The command's options.
 #[derive(Args)]
@@ -38,6 +41,7 @@ pub struct Options {
 /// Sets up, builds, starts what is missing, and runs the agent until it ends or Ctrl-C.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let agent = build::build(true)?;
+    let has = |option: &str| options.agent.iter().any(|argument| argument == option);
     let needs_docker = !options.agent.iter().any(|argument| argument == "--no-docker");
     let engine = needs_docker.then(Engine::ensure).transpose()?;
     cmd::ensure_root("to load eBPF programs")?;
@@ -48,6 +52,11 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         let venv = Venv::ensure()?;
         (Some(Moto::start(&venv, options.moto_port)?), venv.aws().display().to_string())
     };
+    // Moto only keeps book; other emulators may start containers themselves, and then there is a flag for it.
+    let launch = moto.is_some() && engine.is_some() && !has("--rules");
+    if let Some(engine) = engine.as_ref().filter(|_| launch || has("--launch")) {
+        image::ensure_instance(engine)?;
+    }
     let sudo = if cmd::is_root() { "" } else { "sudo " };
     let docker = engine.as_ref().is_some_and(Engine::needs_root).then_some("sudo docker");
     let commands = Commands { aws, sg_agent: format!("{sudo}{}", agent.display()), docker };
@@ -68,14 +77,27 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if let Some(endpoint) = &endpoint {
         command.args(["--endpoint-url", endpoint]);
         if moto.is_some() {
-            print!("{}", how_to(endpoint, &commands));
+            print!("{}", how_to(endpoint, &commands, launch));
         }
+    }
+    if launch && !has("--launch") {
+        command.arg("--launch");
     }
     command.args(&options.agent);
     let code = foreground(&mut command)?;
+    if let Some(engine) = engine.as_ref().filter(|_| launch) {
+        remove_launched(engine, &options.agent);
+    }
     drop(moto);
     drop(engine);
     Ok(code)
+}
+
+/// Moto forgets its instances when it ends, so their containers are nobody's then.
+fn remove_launched(engine: &Engine, agent: &[OsString]) {
+    let given = agent.iter().position(|argument| argument == "--state-dir").and_then(|at| agent.get(at + 1));
+    let given = given.cloned().or_else(|| env::var_os("SG_STATE_DIR"));
+    launched::remove(engine, &given.map_or_else(|| STATE_DIR.to_owned(), |directory| directory.display().to_string()));
 }
 
 /// Runs the agent until its end; a signal to xtask is the agent's.
@@ -116,13 +138,14 @@ struct Commands {
     docker: Option<&'static str>,
 }
 
-fn how_to(endpoint: &str, commands: &Commands) -> String {
+fn how_to(endpoint: &str, commands: &Commands, launch: bool) -> String {
     let exports: Vec<_> = moto::CREDENTIALS.iter().map(|(name, value)| format!("{name}={value}")).collect();
     let exports = exports.join(" ");
     let mut aliases = format!("alias aws={} sg-agent={}", cmd::quote(&commands.aws), cmd::quote(&commands.sg_agent));
     if let Some(docker) = commands.docker {
         aliases += &format!(" docker={}", cmd::quote(docker));
     }
+    let steps = if launch { LAUNCHED } else { BY_HAND };
     format!(
         "
 Moto is the control plane. In another terminal:
@@ -130,27 +153,48 @@ Moto is the control plane. In another terminal:
   export AWS_ENDPOINT_URL={endpoint} {exports}
   {aliases}
 
+{steps}
+Moto forgets everything when it ends; what is enforced stays until `sg-agent detach`.
+`cargo xtask demo` plays such a session by itself.
+
+"
+    )
+}
+
+/// What to type where instances become containers by themselves.
+const LAUNCHED: &str = "\
+1. a key, a group, and a rule in it:
+  aws ec2 create-key-pair --key-name me --query KeyMaterial --output text > me.pem; chmod 600 me.pem
+  SG=$(aws ec2 create-security-group --group-name web --description web --query GroupId --output text)
+  aws ec2 authorize-security-group-ingress --group-id $SG --protocol tcp --port 22 --cidr 0.0.0.0/0
+2. an instance in the group: it becomes a container, and its port 22 the host's 32022:
+  ID=$(aws ec2 run-instances --image-id ami-12c6146b --key-name me --security-group-ids $SG --query 'Instances[0].InstanceId' --output text)
+3. what is enforced, which ports are published, by which rule one gets in, and getting in:
+  sg-agent status --wait 20
+  sg-agent ports
+  sg-agent explain --to $ID --from 127.0.0.1 --port 22
+  ssh -i me.pem -p 32022 root@127.0.0.1
+4. the rule goes, and nobody gets in:
+  aws ec2 revoke-security-group-ingress --group-id $SG --protocol tcp --port 22 --cidr 0.0.0.0/0
+  sg-agent status --wait 10
+5. the instance goes, and its container with it:
+  aws ec2 terminate-instances --instance-ids $ID
+";
+
+/// And where somebody has to start them.
+const BY_HAND: &str = "\
 1. a group, and a rule in it:
   SG=$(aws ec2 create-security-group --group-name web --description web --query GroupId --output text)
   aws ec2 authorize-security-group-ingress --group-id $SG --protocol tcp --port 22 --cidr 0.0.0.0/0
 2. an instance in the group:
   ID=$(aws ec2 run-instances --image-id ami-12c6146b --security-group-ids $SG --query 'Instances[0].InstanceId' --output text)
-3. the container that stands for it, port 22 published on the host's 32022; IMAGE is any that runs an SSH server:
-  docker run -d --label dev.sg-agent.instance-id=$ID --label dev.sg-agent.publish=32022=22 IMAGE
-4. what is enforced, by which rule one gets in, and getting in:
+3. what is enforced, once a link stands for the instance (--attach $ID=LINK):
   sg-agent status --wait 10
   sg-agent explain --to $ID --from 127.0.0.1 --port 22
-  ssh -p 32022 root@127.0.0.1
-5. the rule goes, and nobody gets in:
+4. the rule goes, and nobody gets in:
   aws ec2 revoke-security-group-ingress --group-id $SG --protocol tcp --port 22 --cidr 0.0.0.0/0
   sg-agent status --wait 10
-
-Moto forgets everything when it ends; what is enforced stays until `sg-agent detach`.
-`cargo xtask demo` plays such a session by itself, with an image of its own.
-
-"
-    )
-}
+";
 
 #[cfg(test)]
 mod tests {
@@ -163,12 +207,12 @@ mod tests {
             sg_agent: "sudo /w/target/release/sg-agent".to_owned(),
             docker: None,
         };
-        let text = how_to("http://127.0.0.1:5001", &commands);
+        let text = how_to("http://127.0.0.1:5001", &commands, true);
         assert!(text.contains("AWS_ENDPOINT_URL=http://127.0.0.1:5001 AWS_ACCESS_KEY_ID=test "), "{text}");
         let aliases = "alias aws=/w/target/venv/bin/aws sg-agent='sudo /w/target/release/sg-agent'";
         assert!(text.contains(&format!("{aliases}\n")), "{text}");
         commands.docker = Some("sudo docker");
-        let text = how_to("http://127.0.0.1:5001", &commands);
+        let text = how_to("http://127.0.0.1:5001", &commands, true);
         assert!(text.contains(&format!("{aliases} docker='sudo docker'\n")), "{text}");
     }
 }

@@ -2,7 +2,10 @@
 //! launcher's; decides nothing, and touches nothing that hasn't that mark.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::io;
 use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
 
 use bollard::Docker;
 use bollard::container::LogOutput;
@@ -235,6 +238,16 @@ impl Engine {
         Ok(networks.into_iter().map(|(name, settings)| (name.clone(), wire(&name, settings))).collect())
     }
 
+    /// The host-side links of a holder's interfaces.
+    pub(super) async fn links(&self, holder: &str, wires: &[Wire]) -> Result<Vec<u32>, LaunchError> {
+        let state = self.docker.inspect_container(holder, None).await?.state;
+        let pid = state.and_then(|state| state.pid).filter(|pid| *pid > 0).ok_or(LaunchError::NotWired)?;
+        // The holder's own view: it alone is in the namespace, and it changes nothing there.
+        let links = peers(&PathBuf::from(format!("/proc/{pid}/root/sys/class/net"))).map_err(LaunchError::Hidden)?;
+        let of = |wire: &Wire| links.get(&wire.mac).copied().ok_or(LaunchError::NotWired);
+        wires.iter().map(of).collect()
+    }
+
     /// Whether a container was never started.
     pub(super) async fn is_fresh(&self, container: &str) -> Result<bool, Error> {
         let state = self.docker.inspect_container(container, None).await?.state;
@@ -354,6 +367,19 @@ impl Engine {
         let ports = config.and_then(|config| config.exposed_ports).unwrap_or_default();
         Ok(ports.iter().filter_map(|port| port.strip_suffix("/tcp")?.parse().ok()).collect())
     }
+}
+
+/// By their MAC addresses, the indices of the other ends of a namespace's links.
+fn peers(class: &Path) -> io::Result<BTreeMap<[u8; 6], u32>> {
+    let mut peers = BTreeMap::new();
+    for entry in fs::read_dir(class)? {
+        let link = entry?.path();
+        let read = |name: &str| Ok::<_, io::Error>(fs::read_to_string(link.join(name))?.trim().to_owned());
+        if let (Ok(mac), Ok(peer)) = (names::mac(&read("address")?), read("iflink")?.parse()) {
+            peers.insert(mac, peer);
+        }
+    }
+    Ok(peers)
 }
 
 /// As EC2 names an instance in its own network.

@@ -41,7 +41,7 @@ use self::ports::Ports;
 use self::work::{Context, Job, Step};
 use crate::apply::Snapshot;
 use crate::discovery::docker;
-use crate::model::{InstanceId, VpcId, Warning};
+use crate::model::{EniId, InstanceId, VpcId, Warning};
 use crate::proxy::PublishSpec;
 use crate::source::{Ec2, Ec2Options, Launch, SourceError};
 
@@ -105,6 +105,9 @@ pub enum LaunchError {
     /// Somebody took it out of its networks.
     #[error("its network container is in other networks than it should be; remove it, and it is made anew")]
     NotWired,
+    /// Docker's processes can't be looked into.
+    #[error("its network can't be looked into: {0}; run the agent as root in the host's pid namespace (--pid host)")]
+    Hidden(io::Error),
     /// An archive for Docker.
     #[error("cannot make an archive: {0}")]
     Archive(io::Error),
@@ -192,7 +195,7 @@ pub fn start(
         ports: Ports::load(&place.state_dir, options.ports),
         context: Arc::new(Context::new(ec2, options.images, snapshots.clone())),
         hurry: Arc::clone(&hurry),
-        looked_into: BTreeSet::new(),
+        looked_into: BTreeMap::new(),
         to_sweep: true,
         reboot: BTreeSet::new(),
         workers: BTreeMap::new(),
@@ -307,14 +310,15 @@ struct Failed {
 /// The first and the longest pause before an instance is tried again.
 const BACK_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
-type Outcome = (InstanceId, Goal, Result<(), LaunchError>);
+/// Of a worker; the interfaces that it saw to.
+type Outcome = (InstanceId, Goal, Result<Vec<EniId>, LaunchError>);
 
 struct Launcher {
     context: Arc<Context>,
     ports: Ports,
     hurry: Arc<Notify>,
-    /// Instances that were brought up, or looked into, by this agent.
-    looked_into: BTreeSet<InstanceId>,
+    /// Instances that were brought up, or looked into, by this agent, with the interfaces that they had then.
+    looked_into: BTreeMap<InstanceId, Vec<EniId>>,
     /// A network may be nobody's any more.
     to_sweep: bool,
     reboot: BTreeSet<InstanceId>,
@@ -368,7 +372,9 @@ impl Launcher {
         self.state.read = Some(picture.began);
         self.launches = launches;
         let looked_into = &self.looked_into;
-        let mut due = plan::due(&self.launches, &seen, |instance| !looked_into.contains(instance));
+        let mut due = plan::due(&self.launches, &seen, |launch| {
+            looked_into.get(&launch.instance).is_none_or(|then| !then.iter().eq(launch.enis()))
+        });
         for launch in self.launches.iter().filter(|launch| launch.runs) {
             let is_up = seen.ours.contains_key(&launch.instance) && !due.contains_key(&launch.instance);
             if self.reboot.remove(&launch.instance) && is_up {
@@ -401,7 +407,8 @@ impl Launcher {
             let (context, engine) = (Arc::clone(&self.context), engine.clone());
             let task = self.tasks.spawn(async move {
                 let result = context.work(&engine, &job).await;
-                (job.instance, job.goal, result)
+                let enis = job.launch.iter().flat_map(Launch::enis).cloned().collect();
+                (job.instance, job.goal, result.map(|()| enis))
             });
             self.workers.insert(instance, Worker { goal, step, task });
         }
@@ -420,7 +427,7 @@ impl Launcher {
         let live: BTreeSet<&InstanceId> = self.launches.iter().map(|launch| &launch.instance).collect();
         let is_live = |instance: &InstanceId| live.contains(instance) || seen.ours.contains_key(instance);
         self.ports.keep(is_live);
-        self.looked_into.retain(is_live);
+        self.looked_into.retain(|instance, _| is_live(instance));
     }
 
     /// Once the last instance of a VPC is gone, so is its network.
@@ -473,24 +480,20 @@ impl Launcher {
             self.workers.remove(&instance);
         }
         match result {
-            Ok(()) => {
+            Ok(enis) => {
                 self.failed.remove(&instance);
                 match goal {
                     Goal::Gone => self.to_sweep = true,
                     Goal::Stop => {}
                     Goal::Run | Goal::Reboot => {
-                        self.looked_into.insert(instance);
+                        self.looked_into.insert(instance, enis);
                     }
                 }
                 self.hurry.notify_one();
             }
             Err(error) => {
                 let error = error.to_string();
-                let last = self.failed.remove(&instance);
-                if last.as_ref().is_none_or(|last| last.error != error) {
-                    tracing::warn!(%instance, "{}", error.escape_default());
-                }
-                let pause = last.map_or(BACK_OFF.0, |last| (last.pause * 2).min(BACK_OFF.1));
+                let pause = self.failed.remove(&instance).map_or(BACK_OFF.0, |last| (last.pause * 2).min(BACK_OFF.1));
                 let again = Instant::now() + pause;
                 self.failed.insert(instance, Failed { goal, error, pause, again });
             }
@@ -502,7 +505,7 @@ impl Launcher {
         if self.state.read.is_none() {
             return;
         }
-        let launched = self.launches.iter().filter(|launch| self.looked_into.contains(&launch.instance));
+        let launched = self.launches.iter().filter(|launch| self.looked_into.contains_key(&launch.instance));
         let wanted = launched.map(|launch| {
             let exposed = self.context.exposed(&launch.instance);
             (launch.instance.clone(), ports::wanted(snapshot, &launch.instance, &exposed))

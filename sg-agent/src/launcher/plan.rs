@@ -60,8 +60,8 @@ pub(super) struct Seen {
 }
 
 /// The instances that are to be worked on, and their goals. `anew` are those whose containers may lack something that
-/// a look from outside doesn't tell, as after the agent's start.
-pub(super) fn due(launches: &[Launch], seen: &Seen, anew: impl Fn(&InstanceId) -> bool) -> BTreeMap<InstanceId, Goal> {
+/// a look from outside doesn't tell, as after the agent's start, or when an interface was attached.
+pub(super) fn due(launches: &[Launch], seen: &Seen, anew: impl Fn(&Launch) -> bool) -> BTreeMap<InstanceId, Goal> {
     let mut due = BTreeMap::new();
     let nothing = Units::default();
     for launch in launches {
@@ -70,7 +70,7 @@ pub(super) fn due(launches: &[Launch], seen: &Seen, anew: impl Fn(&InstanceId) -
             continue;
         }
         let goal = if launch.runs { Goal::Run } else { Goal::Stop };
-        if !units.has_reached(goal) || (goal == Goal::Run && anew(&launch.instance)) {
+        if !units.has_reached(goal) || (goal == Goal::Run && anew(launch)) {
             due.insert(launch.instance.clone(), goal);
         }
     }

@@ -114,7 +114,8 @@ impl Context {
         }
         // From here on nothing of the instance runs before its rules are in force.
         job.step.is("its container waits for its link to be enforced");
-        self.enforced(launch, &wires).await;
+        let links = engine.links(&holder, &wires).await?;
+        self.enforced(launch, &links).await;
 
         job.step.is("its container is being started");
         let own = match own {
@@ -249,15 +250,15 @@ impl Context {
         Ok(nets)
     }
 
-    /// Returns when every link of the holder has its programs and the control plane's rules.
-    async fn enforced(&self, launch: &Launch, wires: &[Wire]) {
+    /// Returns when every link of the holder has its programs and the control plane's rules. By index, as a link that a
+    /// restart replaced had the same addresses, and may be in the last snapshot still.
+    async fn enforced(&self, launch: &Launch, links: &[u32]) {
         let mut snapshots = self.snapshots.clone();
         let is_enforced = |snapshot: &Arc<Snapshot>| {
-            wires.iter().all(|wire| {
-                snapshot.interfaces.values().any(|enforced| {
+            links.iter().all(|link| {
+                snapshot.interfaces.get(link).is_some_and(|enforced| {
                     let interface = &enforced.interface;
-                    let is_it = interface.instance == launch.instance && interface.mac == wire.mac;
-                    is_it && enforced.attached && interface.eni.is_some()
+                    interface.instance == launch.instance && enforced.attached && interface.eni.is_some()
                 })
             })
         };

@@ -1,5 +1,5 @@
 //! Containers and networks of a real Docker engine, which go when they are dropped. The image is made of this machine's
-//! own BusyBox and Dropbear, as nothing can be pulled everywhere.
+//! own BusyBox, Bash and Dropbear, as nothing can be pulled everywhere.
 
 use std::fs;
 use std::net::IpAddr;
@@ -91,6 +91,64 @@ impl Docker {
         let container = Container { name: unique() };
         run(docker().args(["run", "-d", "--name", &container.name]).args(options).arg(image).args(command));
         container
+    }
+
+    /// The image with another command, and what else a Dockerfile's lines say; its name.
+    ///
+    /// # Panics
+    /// When it can't be made.
+    #[track_caller]
+    pub fn image(&self, lines: &[&str]) -> String {
+        let (base, image) = (unique(), unique());
+        run(docker().args(["create", "--name", &base, &self.name, "/bin/sh"]));
+        let changes = lines.iter().flat_map(|line| ["--change", line]);
+        let made = docker().arg("commit").args(changes).args([&base, &image]).output();
+        run(docker().args(["rm", &base]));
+        assert!(made.as_ref().is_ok_and(|made| made.status.success()), "{made:?}");
+        image
+    }
+}
+
+/// Everything that a launcher has made on the engine. Dropped, it goes; the agent has to be gone by then.
+#[derive(Debug)]
+pub struct Launched {
+    /// What the launcher marks things with: its state directory.
+    pub launcher: String,
+}
+
+impl Launched {
+    /// The running containers' names, sorted.
+    pub fn running(&self) -> Vec<String> {
+        let label = format!("label=dev.sg-agent.launcher={}", self.launcher);
+        let listed = run(docker().args(["ps", "--filter", &label, "--format", "{{.Names}}"]));
+        let mut names: Vec<String> = listed.lines().map(str::to_owned).collect();
+        names.sort();
+        names
+    }
+
+    /// The names of its networks.
+    pub fn networks(&self) -> Vec<String> {
+        let label = format!("label=dev.sg-agent.launcher={}", self.launcher);
+        let listed = run(docker().args(["network", "ls", "--filter", &label, "--format", "{{.Name}}"]));
+        listed.lines().map(str::to_owned).collect()
+    }
+}
+
+impl Drop for Launched {
+    fn drop(&mut self) {
+        remove_launched(&self.launcher);
+    }
+}
+
+fn remove_launched(launcher: &str) {
+    let label = format!("label=dev.sg-agent.launcher={launcher}");
+    for (list, remove) in
+        [(&["ps", "-aq"][..], &["rm", "--force", "--volumes"][..]), (&["network", "ls", "-q"], &["network", "rm"])]
+    {
+        let listed = output(docker().args(list).args(["--filter", &label]));
+        for id in String::from_utf8_lossy(&listed.stdout).lines() {
+            let _ = docker().args(remove).arg(id).output();
+        }
     }
 }
 
@@ -199,7 +257,7 @@ pub fn import(root: &Path, tag: &str, changes: &[&str]) {
     assert!(tar.wait().is_ok_and(|status| status.success()), "tar failed");
 }
 
-/// Puts BusyBox, and Dropbear with its libraries, into a directory. The SSH server takes the key in `$KEY`.
+/// Puts BusyBox, and Bash and Dropbear with their libraries, into a directory. The SSH server takes the key in `$KEY`.
 fn fill(root: &Path) {
     let make = |directory: &str| fs::create_dir_all(root.join(directory)).expect("a new directory");
     ["bin", "usr/sbin", "etc/dropbear", "root/.ssh", "tmp", "var/run", "proc", "sys", "dev"].into_iter().for_each(make);
@@ -207,11 +265,14 @@ fn fill(root: &Path) {
     for applet in ["sh", "sleep", "echo", "hostname", "cat", "ls", "nc"] {
         symlink("busybox", root.join("bin").join(applet)).expect("a new name");
     }
-    let dropbear = program("dropbear");
-    copy(root, &dropbear, Some("usr/sbin/dropbear"));
-    let listed = run(Command::new("ldd").arg(&dropbear));
-    let words = |line: &str| line.split_whitespace().find(|word| word.starts_with('/')).map(PathBuf::from);
-    listed.lines().filter_map(words).for_each(|library| copy(root, &library, None));
+    // Bash, unlike BusyBox, can send datagrams.
+    for (name, to) in [("dropbear", "usr/sbin/dropbear"), ("bash", "bin/bash")] {
+        let program = program(name);
+        copy(root, &program, Some(to));
+        let listed = run(Command::new("ldd").arg(&program));
+        let words = |line: &str| line.split_whitespace().find(|word| word.starts_with('/')).map(PathBuf::from);
+        listed.lines().filter_map(words).for_each(|library| copy(root, &library, None));
+    }
     let write = |path: &str, text: &str| fs::write(root.join(path), text).expect("a new file");
     write("etc/passwd", "root:*:0:0:root:/root:/bin/sh\n");
     write("etc/group", "root:x:0:\n");
@@ -240,6 +301,13 @@ fn program(name: &str) -> PathBuf {
 fn sweep() {
     static SWEPT: Once = Once::new();
     SWEPT.call_once(|| {
+        let launchers = run(docker().args(["ps", "-a", "--format", "{{.Label \"dev.sg-agent.launcher\"}}"]));
+        for launcher in launchers.lines() {
+            let owner = Path::new(launcher).parent().and_then(Path::file_name).and_then(std::ffi::OsStr::to_str);
+            if owner.is_some_and(super::sweep::is_orphan) {
+                remove_launched(launcher);
+            }
+        }
         for (list, remove) in [
             (&["ps", "-a", "--format", "{{.Names}}"][..], &["rm", "--force"][..]),
             (&["network", "ls", "--format", "{{.Name}}"], &["network", "rm"]),

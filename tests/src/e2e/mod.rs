@@ -4,6 +4,7 @@
 mod agent;
 mod docker;
 mod endpoint;
+mod engine;
 mod frames;
 mod lab;
 mod moto;
@@ -20,8 +21,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use agent::{Agent, binary, said};
-pub use docker::{Container, Docker, IDLE, Network, docker, import};
+pub use docker::{Container, Docker, IDLE, Launched, Network, docker, import};
 pub use endpoint::Endpoint;
+pub use engine::{Engine, forward};
 pub use frames::{arp_reply, offloaded_datagram, send_frame, send_offloaded};
 pub use lab::{Lab, LabBuilder};
 pub use moto::{Moto, element};

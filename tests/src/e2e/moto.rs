@@ -19,18 +19,21 @@ use super::{Agent, run, unique};
 const START: Duration = Duration::from_secs(90);
 /// An image that Moto knows from its start.
 const AMI: &str = "ami-12c6146b";
+/// Where tests are that don't say otherwise.
+const REGION: &str = "us-east-1";
 /// Any credentials will do, but there must be some.
 const CREDENTIALS: [(&str, &str); 4] = [
     ("AWS_ACCESS_KEY_ID", "test"),
     ("AWS_SECRET_ACCESS_KEY", "test"),
-    ("AWS_REGION", "us-east-1"),
-    ("AWS_DEFAULT_REGION", "us-east-1"),
+    ("AWS_REGION", REGION),
+    ("AWS_DEFAULT_REGION", REGION),
 ];
 
 /// A Moto that answers. It ends with the program.
 #[derive(Debug)]
 pub struct Moto {
     address: SocketAddr,
+    region: String,
 }
 
 impl Moto {
@@ -67,7 +70,7 @@ impl Moto {
                 let _ = tell.send(format!("moto.server ended: {ended:?}"));
             }
         });
-        let moto = Self { address };
+        let moto = Self { address, region: REGION.to_owned() };
         let end = Instant::now() + START;
         while !moto.answers() {
             if let Ok(problem) = told.recv_timeout(Duration::from_millis(100)) {
@@ -76,6 +79,16 @@ impl Moto {
             assert!(Instant::now() < end, "Moto doesn't answer within {START:?}");
         }
         moto
+    }
+
+    /// The same in a region of the caller's own, where nobody else's instances are.
+    #[must_use]
+    pub fn in_region(&self, region: &str) -> Self {
+        Self { address: self.address, region: region.to_owned() }
+    }
+
+    fn credentials(&self) -> [(&'static str, &str); 4] {
+        CREDENTIALS.map(|(name, value)| (name, if value == REGION { &*self.region } else { value }))
     }
 
     /// Where it is.
@@ -90,7 +103,7 @@ impl Moto {
 
     /// Makes an agent read from here, or from what stands before it at `url`.
     pub fn serve(&self, agent: &mut Agent, url: &str) {
-        for (name, value) in CREDENTIALS {
+        for (name, value) in self.credentials() {
             agent.environment(name, value);
         }
         agent.arguments(["--endpoint-url", url, "--poll-interval", "0.2"]);
@@ -108,7 +121,7 @@ impl Moto {
             aws.env_remove(name);
         }
         aws.env("AWS_CONFIG_FILE", "/dev/null").env("AWS_SHARED_CREDENTIALS_FILE", "/dev/null").env("AWS_PAGER", "");
-        aws.envs(CREDENTIALS).env("AWS_ENDPOINT_URL", self.url());
+        aws.envs(self.credentials()).env("AWS_ENDPOINT_URL", self.url());
         run(aws.arg("ec2").args(arguments).stdin(Stdio::null()))
     }
 
@@ -125,9 +138,10 @@ impl Moto {
         // Without a signature Moto takes it for a call of S3; it verifies none.
         let request = format!(
             "POST / HTTP/1.0\r\nHost: {}\r\nContent-Type: application/x-www-form-urlencoded\r\n\
-             Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/ec2/aws4_request\r\n\
+             Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/{}/ec2/aws4_request\r\n\
              Content-Length: {}\r\n\r\n{body}",
             self.address,
+            self.region,
             body.len()
         );
         match self.ask(&request) {

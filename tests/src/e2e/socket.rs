@@ -1,6 +1,6 @@
 //! A way to the Docker engine that can be cut, without touching the engine.
 
-use std::io;
+use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -25,6 +25,18 @@ impl DockerSocket {
     /// # Panics
     /// When that can't be done.
     pub fn listen(path: &Path) -> Self {
+        Self::listen_and(path, false)
+    }
+
+    /// Listens at `path`, and lets everything through but the question for events, which is never answered.
+    ///
+    /// # Panics
+    /// When that can't be done.
+    pub fn without_events(path: &Path) -> Self {
+        Self::listen_and(path, true)
+    }
+
+    fn listen_and(path: &Path, mute: bool) -> Self {
         let listener = match UnixListener::bind(path) {
             Ok(listener) => listener,
             Err(error) => panic!("{}: {error}", path.display()),
@@ -34,7 +46,7 @@ impl DockerSocket {
         let thread = thread::spawn(move || {
             while let Ok((client, _)) = again.accept() {
                 // A client that finds no engine sees the connection end.
-                let _ = connect(client, &kept);
+                let _ = connect(client, &kept, mute);
             }
         });
         Self { path: path.to_owned(), listener, open, thread: Some(thread) }
@@ -70,15 +82,35 @@ pub fn engine() -> PathBuf {
     host.strip_prefix("unix://").unwrap_or_else(|| panic!("DOCKER_HOST={host} is not a local socket")).into()
 }
 
-fn connect(client: UnixStream, open: &Mutex<Vec<UnixStream>>) -> io::Result<()> {
+/// A request's head comes in one piece from a client that writes it in one.
+fn copy_all_but_events(from: &mut UnixStream, to: &mut UnixStream) -> io::Result<u64> {
+    let mut buffer = [0; 16 * 1024];
+    let mut copied = 0;
+    loop {
+        let length = from.read(&mut buffer)?;
+        let line = buffer[..length].split(|byte| *byte == b'\r').next().unwrap_or_default();
+        if length == 0 {
+            return Ok(copied);
+        }
+        if !String::from_utf8_lossy(line).contains("/events") {
+            to.write_all(&buffer[..length])?;
+            copied += length as u64;
+        }
+    }
+}
+
+fn connect(client: UnixStream, open: &Mutex<Vec<UnixStream>>, mute: bool) -> io::Result<()> {
     let server = UnixStream::connect(engine())?;
     open.lock().unwrap_or_else(PoisonError::into_inner).extend([client.try_clone()?, server.try_clone()?]);
-    let copies = [(client.try_clone()?, server.try_clone()?), (server, client)];
-    for (mut from, mut to) in copies {
-        thread::spawn(move || {
-            let _ = io::copy(&mut from, &mut to);
-            let _ = to.shutdown(Shutdown::Write);
-        });
-    }
+    let (mut asked, mut asks) = (client.try_clone()?, server.try_clone()?);
+    thread::spawn(move || {
+        let _ = if mute { copy_all_but_events(&mut asked, &mut asks) } else { io::copy(&mut asked, &mut asks) };
+        let _ = asks.shutdown(Shutdown::Write);
+    });
+    let (mut answers, mut answered) = (server, client);
+    thread::spawn(move || {
+        let _ = io::copy(&mut answers, &mut answered);
+        let _ = answered.shutdown(Shutdown::Write);
+    });
     Ok(())
 }

@@ -3,12 +3,11 @@
 
 use std::env;
 use std::fs::{self, Permissions};
-use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use console::style;
@@ -17,7 +16,7 @@ use tempfile::TempDir;
 use super::Attempt;
 use crate::deps::{self, docker::Engine, python::Venv};
 use crate::moto::{self, Moto};
-use crate::{cmd, image, ui, workspace};
+use crate::{cmd, image, launched, ui, workspace};
 
 /// An image that Moto knows from its start.
 const AMI: &str = "ami-12c6146b";
@@ -26,8 +25,12 @@ const CONNECT_TIMEOUT: &str = "4";
 /// How long the agent may take until what is desired is enforced, in seconds.
 const SETTLE: &str = "10";
 
-/// An instance, and the container that stands for it.
+/// How long a server in an instance may take to come up.
+const START: Duration = Duration::from_secs(20);
+
+/// An instance, and the container that it has become.
 pub struct Instance {
+    id: String,
     container: String,
     address: String,
 }
@@ -35,12 +38,10 @@ pub struct Instance {
 /// Everything that the play needs.
 pub struct Stage {
     agent: PathBuf,
+    /// The host's port that leads to the first instance's port 22.
     ssh_port: u16,
     /// The part of the names that is this run's own.
     name: String,
-    image: Option<String>,
-    network: Option<String>,
-    containers: Vec<String>,
     running: Option<Child>,
     /// Key, state directory and log of this run.
     dir: TempDir,
@@ -52,47 +53,27 @@ pub struct Stage {
 
 impl Stage {
     /// Sets up and starts what the play needs.
-    pub fn set_up(agent: PathBuf, ssh_port: u16) -> Result<Self> {
-        TcpListener::bind((Ipv4Addr::LOCALHOST, ssh_port))
-            .with_context(|| format!("port {ssh_port} isn't free: give another one with --ssh-port"))?;
-        deps::ensure_tools(&[deps::BUSYBOX, deps::DROPBEAR, deps::SSH])?;
+    pub fn set_up(agent: PathBuf) -> Result<Self> {
+        deps::ensure_tools(&[deps::SSH])?;
         let venv = Venv::ensure()?;
         let engine = Engine::ensure()?;
+        image::ensure_instance(&engine)?;
         cmd::ensure_root("to load eBPF programs")?;
         deps::ensure_bpffs()?;
         let moto = Moto::start(&venv, 0)?;
         let dir = tempfile::Builder::new().prefix("sg-agent-demo-").tempdir()?;
         let name = format!("sg-agent-demo-{}", std::process::id());
-        let mut stage = Self {
-            agent,
-            ssh_port,
-            name,
-            image: None,
-            network: None,
-            containers: Vec::new(),
-            running: None,
-            dir,
-            aws: venv.aws(),
-            moto,
-            engine,
-        };
-        let network = stage.name.clone();
-        stage.network = Some(network.clone());
-        cmd::stdout(stage.engine.docker().args(["network", "create", &network]))?;
-        Ok(stage)
+        Ok(Self { agent, ssh_port: 0, name, running: None, dir, aws: venv.aws(), moto, engine })
     }
 
-    /// Makes an SSH key with EC2, and the image whose root takes it.
-    pub fn create_key(&mut self) -> Result<()> {
+    /// Makes an SSH key with EC2.
+    pub fn create_key(&self) -> Result<()> {
         let key = self.key();
         let arguments = ["create-key-pair", "--key-name", "demo", "--query", "KeyMaterial", "--output", "text"];
         let material = self.aws(&arguments)?;
         fs::write(&key, format!("{}\n", material.trim()))?;
         fs::set_permissions(&key, Permissions::from_mode(0o600))?;
-        let public = cmd::stdout(Command::new("ssh-keygen").arg("-y").arg("-f").arg(&key))?;
-        let tag = format!("{}:latest", self.name);
-        self.image = Some(tag.clone());
-        image::import(&self.engine, &tag, &public)
+        Ok(())
     }
 
     /// Makes a group without rules.
@@ -118,36 +99,68 @@ impl Stage {
         Ok(())
     }
 
-    /// Runs an instance in a group, and the container that stands for it; `published` is the instance's port that
-    /// is reached through the host's.
-    pub fn instance(&mut self, name: &str, group: &str, published: Option<u16>, command: &[&str]) -> Result<Instance> {
+    /// Runs an instance in a group, and waits until its container runs. `data` is what the instance runs.
+    pub fn instance(&mut self, group: &str, data: Option<&str>) -> Result<Instance> {
+        let subnet = self.aws(&["describe-subnets", "--query", "Subnets[0].SubnetId", "--output", "text"])?;
         let what = ["run-instances", "--image-id", AMI, "--key-name", "demo", "--security-group-ids", group];
-        let id = self.aws(&[&what[..], &["--query", "Instances[0].InstanceId", "--output", "text"]].concat())?;
-        outcome(&id);
-        let (Some(image), Some(network)) = (&self.image, &self.network) else {
-            bail!("the image and the network come before the instances");
+        let data: Vec<&str> = data.iter().flat_map(|data| ["--user-data", data]).collect();
+        let place = ["--subnet-id", &subnet, "--output", "text"];
+        let query = ["--query", "Instances[0].[InstanceId,PrivateIpAddress]"];
+        let said = self.aws(&[&what[..], &data, &place, &query].concat())?;
+        let mut words = said.split_whitespace().map(str::to_owned);
+        let (Some(id), Some(address)) = (words.next(), words.next()) else {
+            bail!("run-instances told no instance and address: {said}");
         };
-        let container = format!("{}-{name}", self.name);
-        let mut docker = self.engine.docker();
-        docker.args(["run", "-d", "--name", &container, "--hostname", name, "--network", network]);
-        docker.args(["--label", &format!("dev.sg-agent.instance-id={id}")]);
-        if let Some(port) = published {
-            docker.args(["--label", &format!("dev.sg-agent.publish={}={port}", self.ssh_port)]);
+        outcome(&format!("{id} at {address}"));
+        self.settle()?;
+        Ok(Instance { container: format!("sg-agent-{id}"), id, address })
+    }
+
+    /// Waits until a server listens in an instance.
+    pub fn serves(&self, instance: &Instance, port: u16) -> Result<()> {
+        // Local addresses of the table of sockets (proc_net_tcp(5)); state 0A is LISTEN.
+        let port = format!(":{port:04X}");
+        let end = Instant::now() + START;
+        loop {
+            let mut docker = self.engine.docker();
+            docker.args(["exec", &instance.container, "cat", "/proc/net/tcp", "/proc/net/tcp6"]);
+            let table = cmd::stdout(&mut docker)?;
+            let listens = |line: &str| {
+                let words: Vec<&str> = line.split_whitespace().collect();
+                words.get(1).is_some_and(|local| local.ends_with(&port)) && words.get(3) == Some(&"0A")
+            };
+            if table.lines().any(listens) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < end, "nobody listens at port 0x{} of {}", &port[1..], instance.container);
+            cmd::sleep(Duration::from_millis(100))?;
         }
-        docker.arg(image).args(command);
-        self.containers.push(container.clone());
-        prompt(&docker, "docker");
-        cmd::stdout(&mut docker)?;
-        let format = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}";
-        let address = cmd::stdout(self.engine.docker().args(["inspect", "--format", format, &container]))?;
-        ensure!(!address.is_empty(), "the container {container} has no address: it ended at once");
-        outcome(&format!("{container} at {address}"));
-        Ok(Instance { container, address })
+    }
+
+    /// Asks which ports are published, and notes the one for SSH.
+    pub fn ports(&mut self) -> Result<()> {
+        let mut command = self.agent(&["ports"]);
+        prompt(&command, "sg-agent");
+        let table = cmd::stdout(&mut command)?;
+        println!("{table}");
+        let mut rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let port = rows.find(|words| words.get(1) == Some(&"22")).and_then(|words| words.get(2)?.parse().ok());
+        self.ssh_port = port.context("port 22 isn't published")?;
+        Ok(())
+    }
+
+    /// Terminates instances.
+    pub fn terminate(&self, instances: &[&Instance]) -> Result<()> {
+        let ids = instances.iter().map(|instance| &*instance.id);
+        let query = ["--query", "TerminatingInstances[].CurrentState.Name", "--output", "text"];
+        let what = ["terminate-instances", "--instance-ids"].into_iter().chain(ids).chain(query);
+        outcome(&self.aws(&what.collect::<Vec<_>>())?);
+        Ok(())
     }
 
     /// Starts the agent.
     pub fn start_agent(&mut self) -> Result<()> {
-        let mut command = self.agent(&["run", "--endpoint-url", &self.moto.endpoint()]);
+        let mut command = self.agent(&["run", "--launch", "--endpoint-url", &self.moto.endpoint()]);
         prompt(&command, "sg-agent");
         let (out, err) = cmd::log_file(&self.log())?;
         let command = command.stdin(Stdio::null()).stdout(out).stderr(err).process_group(0);
@@ -188,7 +201,7 @@ impl Stage {
         ssh.args(["-p", &self.ssh_port.to_string(), "root@127.0.0.1"]);
         ssh.arg("echo a shell on $(hostname)");
         prompt(&ssh, "ssh");
-        Ok(attempt(&cmd::output(&mut ssh)?, "a shell on web"))
+        Ok(attempt(&cmd::output(&mut ssh)?, "a shell on ip-"))
     }
 
     /// Connects from one instance to another's port, where a server greets.
@@ -247,20 +260,7 @@ impl Drop for Stage {
             cmd::succeeds(cmd::as_root_plain("rm").arg("-rf").arg(self.dir.path().join("state")));
             cmd::succeeds(cmd::as_root_plain("rm").arg("-rf").arg(self.bpffs()));
         }
-        let remove = |arguments: &[&str]| {
-            if !cmd::succeeds(self.engine.docker().args(arguments)) {
-                ui::warn(&format!("`docker {}` failed", arguments.join(" ")));
-            }
-        };
-        for container in &self.containers {
-            remove(&["rm", "--force", container]);
-        }
-        if let Some(network) = &self.network {
-            remove(&["network", "rm", network]);
-        }
-        if let Some(image) = &self.image {
-            remove(&["rmi", "--force", image]);
-        }
+        launched::remove(&self.engine, &self.dir.path().join("state").display().to_string());
     }
 }
 

@@ -35,6 +35,13 @@ pub struct Launch {
     pub tags: BTreeMap<String, String>,
 }
 
+impl Launch {
+    /// Its interfaces' ids, in their order.
+    pub fn enis(&self) -> impl Iterator<Item = &EniId> {
+        self.interfaces.iter().map(|interface| &interface.eni)
+    }
+}
+
 /// An interface of such an instance.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LaunchInterface {

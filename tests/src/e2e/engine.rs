@@ -1,0 +1,146 @@
+//! A Docker engine of a test's own, in a network namespace of its own: it may be killed and started anew. And a way from
+//! there to a server of the test's.
+
+use std::io;
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{Namespace, PATIENCE, docker, output, run, unique, wait_for};
+
+/// An engine. Dropped, it goes with all that it has.
+#[derive(Debug)]
+pub struct Engine {
+    /// Where it and its bridges are.
+    pub namespace: Namespace,
+    directory: PathBuf,
+    dockerd: Option<Child>,
+}
+
+impl Engine {
+    /// Starts one that has this image of the machine's own engine.
+    ///
+    /// # Panics
+    /// When it doesn't start.
+    #[track_caller]
+    pub fn new(image: &str) -> Self {
+        let directory = std::env::temp_dir().join(unique());
+        std::fs::create_dir_all(&directory).expect("a new directory");
+        let mut engine = Self { namespace: Namespace::new("engine"), directory, dockerd: None };
+        engine.start(&[]);
+        let mut save = docker();
+        let mut save = save.args(["save", image]).stdout(Stdio::piped()).spawn().expect("docker in the PATH");
+        let archive = save.stdout.take().expect("a pipe was asked for");
+        run(engine.docker().arg("load").stdin(archive));
+        assert!(save.wait().is_ok_and(|status| status.success()), "docker save failed");
+        engine
+    }
+
+    /// Its address, for `DOCKER_HOST`.
+    pub fn host(&self) -> String {
+        format!("unix://{}/docker.sock", self.directory.display())
+    }
+
+    /// A `docker` command line for it.
+    pub fn docker(&self) -> Command {
+        let mut command = docker();
+        command.args(["-H", &self.host()]);
+        command
+    }
+
+    /// Starts dockerd with these arguments too, and waits until it answers.
+    ///
+    /// # Panics
+    /// When it doesn't.
+    #[track_caller]
+    pub fn start(&mut self, more: &[&str]) {
+        let log = std::fs::File::create(self.directory.join("log")).expect("a log file");
+        let again = log.try_clone().expect("one more open file");
+        // It ends with the test, however that ends.
+        let mut dockerd = self.namespace.command("setpriv");
+        dockerd.args(["--pdeathsig", "TERM", "dockerd", "--host", &self.host()]);
+        for (option, name) in [("--data-root", "data"), ("--exec-root", "run"), ("--pidfile", "pid")] {
+            dockerd.arg(option).arg(self.directory.join(name));
+        }
+        dockerd.args(more).stdin(Stdio::null()).stdout(log).stderr(again);
+        self.dockerd = Some(dockerd.spawn().expect("setpriv and dockerd in the PATH"));
+        wait_for("the engine answers", || output(self.docker().arg("version")).status.success().then_some(()));
+    }
+
+    /// Ends dockerd. What becomes of its containers is its own affair.
+    ///
+    /// # Panics
+    /// When it goes on.
+    #[track_caller]
+    pub fn stop(&mut self, signal: Signal) {
+        let Some(mut dockerd) = self.dockerd.take() else { return };
+        // It is started by another program in the same process.
+        let _ = kill(Pid::from_raw(i32::try_from(dockerd.id()).expect("a process id")), signal);
+        let end = Instant::now() + PATIENCE;
+        while dockerd.try_wait().is_ok_and(|ended| ended.is_none()) {
+            if Instant::now() > end {
+                let _ = dockerd.kill();
+                let _ = dockerd.wait();
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        // A killed one leaves it, and the next one takes it for another that runs.
+        let _ = std::fs::remove_file(self.directory.join("pid"));
+    }
+
+    /// The namespace of a running container.
+    ///
+    /// # Panics
+    /// When it doesn't run.
+    #[track_caller]
+    pub fn inside(&self, container: &str) -> Namespace {
+        let pid = run(self.docker().args(["inspect", "--format", "{{.State.Pid}}", container]));
+        Namespace::of_process(container, pid.parse().expect("a process id"))
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        if self.dockerd.is_some() {
+            let listed = output(self.docker().args(["ps", "--all", "--quiet"]));
+            for container in String::from_utf8_lossy(&listed.stdout).lines() {
+                let _ = self.docker().args(["rm", "--force", container]).output();
+            }
+        }
+        self.stop(Signal::SIGTERM);
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Listens in a namespace, and passes connections on to a server in the test's own; where it listens. It goes on until
+/// the program ends.
+///
+/// # Panics
+/// When no port can be had.
+pub fn forward(namespace: &Namespace, to: SocketAddr) -> SocketAddr {
+    let listener = namespace.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).expect("a free port");
+    let address = listener.local_addr().expect("it is bound");
+    thread::spawn(move || {
+        while let Ok((client, _)) = listener.accept() {
+            // A client that finds no server sees the connection end.
+            let _ = join(client, to);
+        }
+    });
+    address
+}
+
+fn join(client: TcpStream, to: SocketAddr) -> io::Result<()> {
+    let server = TcpStream::connect(to)?;
+    for (mut from, mut to) in [(client.try_clone()?, server.try_clone()?), (server, client)] {
+        thread::spawn(move || {
+            let _ = io::copy(&mut from, &mut to);
+            let _ = to.shutdown(Shutdown::Write);
+        });
+    }
+    Ok(())
+}
