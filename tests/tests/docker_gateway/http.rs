@@ -40,7 +40,7 @@ fn objects_of_any_size_and_name_pass_unchanged() {
 
 #[test]
 fn an_endpoint_with_tls_is_read_and_forwarded_to() {
-    let mut stage = Stage::new(Moto::shared());
+    let stage = Stage::new(Moto::shared());
     let directory = stage.agent.directory().to_owned();
     run(Command::new(python()).arg(script("certificate.py")).arg(&directory));
     // A real Moto, with TLS, where the agent is.
@@ -53,14 +53,13 @@ fn an_endpoint_with_tls_is_read_and_forwarded_to() {
     Moto::reach(&mut agent, url);
     agent.environment("SSL_CERT_FILE", directory.join("cert.pem"));
     agent.arguments(["--no-docker", "--gateway", crate::GATEWAY]);
-    // The engine isn't asked; nothing is attached, and it isn't needed.
     agent.start();
-    wait_for("an answer by TLS", || (agent.status()["sources"][0]["age_seconds"].is_number()).then_some(()));
+    agent.logged(&["is up"]);
+    wait_for("an answer by TLS", || agent.status()["sources"][0]["age_seconds"].is_number().then_some(()));
     let group = stage.gateway.group();
     assert!(group.starts_with("sg-"), "{group}");
     let gateway = &agent.status()["gateway"];
     assert_eq!((&gateway["committed"], &gateway["endpoint"]), (&1.into(), &format!("{url}/").into()), "{gateway:#}");
-    drop(agent);
     let _ = moto.0.kill();
 }
 
