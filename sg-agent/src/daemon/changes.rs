@@ -62,11 +62,13 @@ impl Daemon {
 
     /// Somebody is about to rely on rules that are stale: they are read anew.
     pub(super) fn renew(&mut self, reply: oneshot::Sender<Result<(), String>>) {
+        // Before anybody hurries: a read that begins at once counts.
+        let asked = Instant::now();
         let hints = self.stale();
         for poller in hints.iter().filter_map(|hint| self.pollers.running.get(hint)) {
             poller.hurry();
         }
-        self.commits.wait(Instant::now(), hints, reply);
+        self.commits.wait(asked, hints, reply);
         self.serve_waiting();
     }
 
