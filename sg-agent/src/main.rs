@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Parser as _;
-use sg_agent::cli::{Cli, Command, DetachArgs, ExplainArgs, IcmpErrors, NoGroup, OnRevoke, RunArgs, StatusArgs};
+use sg_agent::cli::{Cli, Command, Deny, DetachArgs, ExplainArgs, IcmpErrors, NoGroup, OnRevoke, RunArgs, StatusArgs};
 use sg_agent::conntrack_settings::timeouts;
 use sg_agent::daemon::{self, LockError, NotRunning, Options, Origins, Places, Reply, Request, ask};
 use sg_agent::datapath::Pins;
 use sg_agent::exempt::Service;
 use sg_agent::source::Ec2Options;
-use sg_agent::{discovery, explain, render, resolve};
+use sg_agent::{discovery, explain, proxy, render, resolve};
 use sg_common::abi::{CUT_ON_REVOKE, Config, RELATED_ERRORS};
 use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 
@@ -83,6 +83,8 @@ fn options(places: Places, args: RunArgs) -> Result<Options> {
         origins,
         discovery: discovery::Options { docker: !args.no_docker, attach: args.attach, ..Default::default() },
         publish: args.publish,
+        deny: if args.deny == Deny::Reject { proxy::Deny::Reject } else { proxy::Deny::Drop },
+        early_drop: args.early_drop,
         poll_interval: args.poll_interval,
         resolve: resolve::Settings { deny_without_group: args.no_group == NoGroup::Deny, exempt },
         config: Config {

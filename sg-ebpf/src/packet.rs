@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::{BPF_CSUM_LEVEL_DEC, BPF_CSUM_LEVEL_INC, BPF_CSUM_LEVEL_QUERY};
 use aya_ebpf::helpers::{bpf_csum_level, bpf_skb_change_tail};
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::programs::{TcContext, XdpContext};
 use sg_common::packet::Frame;
 
 /// A frame behind a socket buffer. Headers that are not in its linear part read as missing; see [`SkbFrame::pull`].
@@ -34,6 +34,22 @@ impl SkbFrame<'_> {
     pub fn has_vlan(&self) -> bool {
         // SAFETY: as above.
         unsafe { (*self.0.skb.skb).vlan_present != 0 }
+    }
+
+    /// Whether it is for this host by its MAC address (PACKET_HOST).
+    #[inline(always)]
+    pub fn is_to_host(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.0.skb.skb).pkt_type == 0 }
+    }
+
+    /// The same as [`Self::pull`] for a packet that is short enough to begin a flow. The others are left as they are:
+    /// on `lo` every packet of the host comes by, and all of them that are long have their headers in the linear part.
+    #[inline(always)]
+    pub fn pull_short(&self) {
+        if self.len() <= HEADERS {
+            self.pull();
+        }
     }
 
     /// Makes sure that the headers are in the linear part, if they aren't yet: drivers, and senders without copies,
@@ -81,23 +97,45 @@ impl SkbFrame<'_> {
 impl Frame for SkbFrame<'_> {
     #[inline(always)]
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        // VERIFIER: "R3 offset is outside of the packet" (6.18) where the compiler compares 32 bits of it, signed.
-        let offset = opaque(offset as u64);
-        if offset > MAX_OFFSET {
-            return None;
-        }
-        let start = self.0.data() + offset as usize;
-        if start + N > self.0.data_end() {
-            return None;
-        }
-        // SAFETY: the N bytes from `start` lie before `data_end`, as was just checked; any bytes make an array of u8.
-        Some(unsafe { core::ptr::read_unaligned(start as *const [u8; N]) })
+        load(self.0.data(), self.0.data_end(), offset)
     }
 
     #[inline(always)]
     fn len(&self) -> u32 {
         self.0.len()
     }
+}
+
+/// A frame in a network card's buffer. Headers that are not in its first part read as missing.
+pub struct XdpFrame<'a>(pub &'a XdpContext);
+
+impl Frame for XdpFrame<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        load(self.0.data(), self.0.data_end(), offset)
+    }
+
+    /// Of the first part: a packet that goes on behind it is longer than any that begins a flow, and reads as malformed.
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        (self.0.data_end() - self.0.data()) as u32
+    }
+}
+
+/// `N` bytes at `offset` of what lies between `data` and `end`.
+#[inline(always)]
+fn load<const N: usize>(data: usize, end: usize, offset: u32) -> Option<[u8; N]> {
+    // VERIFIER: "R3 offset is outside of the packet" (6.18) where the compiler compares 32 bits of it, signed.
+    let offset = opaque(offset as u64);
+    if offset > MAX_OFFSET {
+        return None;
+    }
+    let start = data + offset as usize;
+    if start + N > end {
+        return None;
+    }
+    // SAFETY: the N bytes from `start` lie before `end`, as was just checked; any bytes make an array of u8.
+    Some(unsafe { core::ptr::read_unaligned(start as *const [u8; N]) })
 }
 
 /// The same value, about which the compiler knows nothing.

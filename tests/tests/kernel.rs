@@ -23,6 +23,8 @@ mod live;
 mod malformed;
 #[path = "kernel/neighbor.rs"]
 mod neighbor;
+#[path = "kernel/published.rs"]
+mod published;
 #[path = "kernel/rules.rs"]
 mod rules;
 #[path = "kernel/spoofing.rs"]

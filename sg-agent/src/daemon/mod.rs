@@ -28,6 +28,7 @@ use self::state::Desk;
 use crate::apply::{Applier, Snapshot};
 use crate::datapath::{Datapath, Pins};
 use crate::discovery::{self, Attachment, Discovered, DiscoveryError, Origin};
+use crate::early::{self, EarlyDrop};
 use crate::model::{InstanceId, Scope, Warning};
 use crate::proxy::{self, Proxy};
 use crate::resolve::{self, Resolver, World};
@@ -71,6 +72,10 @@ pub struct Options {
     pub discovery: discovery::Options,
     /// `--publish`.
     pub publish: Vec<proxy::PublishSpec>,
+    /// `--deny`.
+    pub deny: proxy::Deny,
+    /// `--early-drop`.
+    pub early_drop: EarlyDrop,
     /// The time between two polls of an endpoint that answers.
     pub poll_interval: Duration,
     /// How the silent parts of the norm are read.
@@ -139,6 +144,8 @@ pub async fn run(options: Options) -> Result<()> {
         resolver: Resolver::new(options.resolve.clone()),
         discovery: options.discovery,
         flags: options.publish,
+        deny: options.deny,
+        early_drop: options.early_drop,
         applier,
         proxy,
         snapshots,
@@ -174,6 +181,8 @@ pub async fn run(options: Options) -> Result<()> {
         }
     }
     shutdown.cancel();
+    // Nobody listens from here on, so there is nothing to judge.
+    daemon.applier.watch(&[]);
     daemon.proxy.shutdown(GRACE).await;
     if options.detach_on_exit {
         let report = Pins::new(&options.places.bpffs).remove_all();
@@ -235,6 +244,8 @@ fn watch_links(options: &discovery::Options, events: mpsc::Sender<Event>, shutdo
 struct Daemon {
     discovery: discovery::Options,
     flags: Vec<proxy::PublishSpec>,
+    deny: proxy::Deny,
+    early_drop: EarlyDrop,
     resolver: Resolver,
     applier: Applier,
     proxy: Proxy,
@@ -367,7 +378,22 @@ impl Daemon {
         let wanted = self.published();
         self.proxy_warnings = self.proxy.reconcile(wanted).await;
         self.proxy_warnings.extend(self.unattached());
+        let early = tokio::task::block_in_place(|| self.drop_early());
+        self.proxy_warnings.extend(early);
         self.tell();
+    }
+
+    /// Has programs judge clients of published ports before their handshake, at the sockets that are open now.
+    fn drop_early(&mut self) -> Vec<Warning> {
+        let (host, listening) = (&self.discovered.host_links, self.proxy.listening());
+        let (links, mut warnings) = self.early_drop.links(host, &listening);
+        let sockets = early::sockets(&listening, host, &self.applier.snapshot(), self.deny);
+        if let Err(error) = self.applier.publish(&sockets) {
+            let problem = format!("denied clients are reset after their handshake: {error}");
+            warnings.push(Warning { subject: "published ports".into(), problem });
+        }
+        warnings.extend(self.applier.watch(&links));
+        warnings
     }
 
     /// Whether every source and every link was read since the start.
@@ -417,6 +443,7 @@ impl Daemon {
                 bind: None,
                 host_port: port.host_port,
                 port: port.port,
+                transport: port.transport,
             })
         });
         self.flags.iter().cloned().chain(by_label).map(proxy::Published::from).collect()
@@ -471,10 +498,20 @@ impl Daemon {
         unattached.chain(unasked).chain(errors).collect()
     }
 
+    fn published_counters(&self) -> Vec<proxy::PortCounters> {
+        let ports = self.proxy.counters().into_iter();
+        ports
+            .map(|(published, counters)| {
+                let denied_early = self.applier.denied(published);
+                proxy::PortCounters { denied_early, ..counters }
+            })
+            .collect()
+    }
+
     fn status(&self) -> Status {
         let report = Report {
             sources: self.pollers.running.values().map(Poller::status).collect(),
-            published: self.proxy.counters(),
+            published: self.published_counters(),
             warnings: self.warnings(),
             problems: self.problems(),
             refused: self.refused,
