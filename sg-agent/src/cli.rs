@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 
 use crate::discovery::AttachSpec;
+use crate::early::EarlyDrop;
 use crate::exempt::Service;
 use crate::explain::Party;
 use crate::launcher::{ImageSpec, parse_range};
@@ -96,8 +97,15 @@ pub struct RunArgs {
     #[arg(long, value_name = "INSTANCE_ID=LINK[,ip=ADDR][,mac=MAC][,eni=ENI]", help_heading = "Instances")]
     pub attach: Vec<AttachSpec>,
     /// Publish an instance's port on the host; the client's own address is checked at each connection (repeatable)
-    #[arg(long, value_name = "INSTANCE_ID:[ADDR:]HOST_PORT=PORT", help_heading = "Instances")]
+    #[arg(long, value_name = "INSTANCE_ID:[ADDR:]HOST_PORT=PORT[/udp]", help_heading = "Published ports")]
     pub publish: Vec<PublishSpec>,
+    /// What denied clients of published ports see: nothing, so that they time out, or a refused connection (TCP)
+    #[arg(long, value_enum, default_value_t = Deny::Drop, help_heading = "Published ports")]
+    pub deny: Deny,
+    /// Where they are denied before the handshake: 'auto' is every link by which a published port is reached, 'off'
+    /// leaves it to the proxy, which resets them after it
+    #[arg(long, value_name = "auto|off|LINK[,LINK]", default_value = "auto", help_heading = "Published ports")]
+    pub early_drop: EarlyDrop,
 
     /// Seconds that a connection to a published port waits for rules that may be out of date to be read anew
     #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds, help_heading = "Instances")]
@@ -163,6 +171,15 @@ pub enum OnRevoke {
     Cut,
 }
 
+/// SG-7.1.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Deny {
+    /// As AWS does.
+    Drop,
+    /// As a closed port does.
+    Reject,
+}
+
 /// SG-2.5.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum NoGroup {
@@ -217,8 +234,8 @@ pub struct PortsArgs {
 /// `sg-agent explain`.
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
-    /// The instance whose rules are asked
-    #[arg(long, value_name = "INSTANCE")]
+    /// The instance whose rules are asked, at its primary interface; or one of its interfaces
+    #[arg(long, value_name = "INSTANCE|ENI")]
     pub to: InstanceId,
     /// Where the packet comes from: an address, or another instance, whose egress rules are asked too
     #[arg(long, value_name = "ADDR|INSTANCE", value_parser = party)]

@@ -20,7 +20,7 @@ use crate::resolve::{Allowance, PolicyKey, Spec};
 /// What is asked.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Query {
-    /// The instance whose interface is looked at.
+    /// The instance whose primary interface is looked at, or the id of one of its interfaces.
     pub instance: InstanceId,
     /// The other side.
     pub peer: Party,
@@ -142,9 +142,15 @@ pub fn explain(snapshot: &Snapshot, query: &Query) -> Result<Explanation, Explai
     Ok(Explanation { allowed: gates.iter().all(|gate| gate.allowed), gates, kernel_disagrees: false })
 }
 
+/// An instance's primary interface, or the one with this id.
 fn interface_of<'a>(snapshot: &'a Snapshot, instance: &InstanceId) -> Result<(u32, &'a Enforced), ExplainError> {
-    let found = snapshot.interfaces.iter().find(|(_, enforced)| enforced.interface.instance == *instance);
-    found.map(|(&ifindex, enforced)| (ifindex, enforced)).ok_or_else(|| ExplainError::NotAttached(instance.clone()))
+    let primary = snapshot.interfaces_of(instance).first().copied();
+    let found = primary.or_else(|| {
+        let is_it = |enforced: &Enforced| enforced.interface.eni.as_ref().is_some_and(|eni| eni.0 == instance.0);
+        let by_eni = snapshot.interfaces.iter().find(|(_, enforced)| is_it(enforced));
+        by_eni.map(|(&ifindex, enforced)| (ifindex, enforced))
+    });
+    found.ok_or_else(|| ExplainError::NotAttached(instance.clone()))
 }
 
 fn address_of(enforced: &Enforced) -> Option<IpAddr> {

@@ -11,6 +11,7 @@ pub mod daemon;
 pub mod datapath;
 pub mod decide;
 pub mod discovery;
+pub mod early;
 pub mod exempt;
 pub mod explain;
 pub mod gateway;

@@ -34,6 +34,10 @@ pub const MAX_FLOWS: u32 = 262_144;
 pub const MAX_FRAGMENTS: u32 = 8_192;
 /// (interface, direction, reason) triples that are counted.
 pub const MAX_COUNTERS: u32 = 65_536;
+/// Sockets of published ports: one for each address that a port is reached by.
+pub const MAX_PUBLISHED: u32 = 16_384;
+/// Published ports whose denied packets are counted.
+pub const MAX_PUBLISHED_PORTS: u32 = 4_096;
 /// Groups that one address can be in: AWS's highest quota (SG-1.14).
 pub const GROUPS_PER_MEMBER: usize = 16;
 
@@ -260,6 +264,39 @@ pub struct ExemptKey {
 }
 const _: () = assert!(size_of::<ExemptKey>() == 24);
 
+/// Key of the map `PUBLISHED`: where clients reach a published port.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub struct PublishedKey {
+    /// An address of this host, never an unspecified one: what is only forwarded here is nobody's published port.
+    pub address: Address,
+    /// The host's port.
+    pub port: u16,
+    /// TCP or UDP.
+    pub protocol: u8,
+    /// Zero.
+    pub pad: u8,
+}
+const _: () = assert!(size_of::<PublishedKey>() == 20);
+
+/// A published port. Map `PUBLISHED`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct PublishedPort {
+    /// The link of the instance's interface, by which `INTERFACES` knows it; 0 while it has none.
+    pub link: u32,
+    /// Where its denied packets are counted in `DENIED`; however many addresses a port has, it has one number.
+    pub number: u32,
+    /// The instance's port, which its rules are about.
+    pub port: u16,
+    /// [`REJECT`].
+    pub flags: u16,
+}
+const _: () = assert!(size_of::<PublishedPort>() == 12);
+
+/// Flag of [`PublishedPort`]: denied TCP clients are reset; otherwise their packets vanish (SG-7.1).
+pub const REJECT: u16 = 1;
+
 /// Key of the map `FLOWS`: one flow of one interface, the same for both directions.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -438,6 +475,8 @@ mod user {
         Member,
         OwnKey,
         ExemptKey,
+        PublishedKey,
+        PublishedPort,
         FlowKey,
         Flow,
         FragmentKey,

@@ -4,7 +4,7 @@
 ///
 /// The parser refuses mapped addresses on the wire (RFC 4942, 2.2), so the two families can't be confused.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, PartialOrd, Ord)]
 pub struct Address(pub [u32; 4]);
 
 /// The middle word of a mapped IPv4 address, as it lies in memory.

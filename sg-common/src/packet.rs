@@ -180,7 +180,7 @@ impl Packet {
 /// The [`Drop`] that names what is wrong with it.
 #[inline(always)]
 pub fn ip(frame: &impl Frame, ethernet: &Ethernet) -> Result<Packet, Drop> {
-    let mut packet = if ethernet.ethertype == IPV4 { ipv4(frame, ETHERNET)? } else { ipv6(frame, ETHERNET)? };
+    let mut packet = network(frame, ethernet)?;
     if packet.source.is_loopback()
         || packet.destination.is_loopback()
         || packet.source.is_multicast()
@@ -193,6 +193,29 @@ pub fn ip(frame: &impl Frame, ethernet: &Ethernet) -> Result<Packet, Drop> {
         transport(frame, &mut packet)?;
     }
     Ok(packet)
+}
+
+/// The same of a packet that arrives at this host, where loopback addresses are none of our business: whole packets
+/// only, and no mapped addresses, which would be taken for IPv4's.
+///
+/// # Errors
+/// The [`Drop`] that names what is wrong with it.
+#[inline(always)]
+pub fn ip_to_host(frame: &impl Frame, ethernet: &Ethernet) -> Result<Packet, Drop> {
+    let mut packet = network(frame, ethernet)?;
+    if ethernet.ethertype == IPV6 && (packet.source.is_v4() || packet.destination.is_v4()) {
+        return Err(Drop::Martian);
+    }
+    if packet.part != Part::Whole {
+        return Err(Drop::FragmentOrphan);
+    }
+    transport(frame, &mut packet)?;
+    Ok(packet)
+}
+
+#[inline(always)]
+fn network(frame: &impl Frame, ethernet: &Ethernet) -> Result<Packet, Drop> {
+    if ethernet.ethertype == IPV4 { ipv4(frame, ETHERNET) } else { ipv6(frame, ETHERNET) }
 }
 
 /// The IPv4 header at `start` (RFC 791).

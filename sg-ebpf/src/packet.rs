@@ -3,7 +3,7 @@
 use aya_ebpf::Global;
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_probe_read_kernel;
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::programs::{TcContext, XdpContext};
 use sg_common::abi::SkbLayout;
 use sg_common::packet::{Frame, ipv4_options};
 use sg_common::verdict::Drop;
@@ -42,6 +42,22 @@ impl SkbFrame<'_> {
     pub fn has_vlan(&self) -> bool {
         // SAFETY: as above.
         unsafe { (*self.0.skb.skb).vlan_present != 0 }
+    }
+
+    /// Whether it is for this host by its MAC address (PACKET_HOST).
+    #[inline(always)]
+    pub fn is_to_host(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.0.skb.skb).pkt_type == 0 }
+    }
+
+    /// The same as [`Self::pull`] for a packet that is short enough to begin a flow. The others are left as they are:
+    /// on `lo` every packet of the host comes by, and all of them that are long have their headers in the linear part.
+    #[inline(always)]
+    pub fn pull_short(&self) {
+        if self.len() <= HEADERS {
+            self.pull();
+        }
     }
 
     /// Makes sure that the headers are in the linear part, if they aren't yet: drivers, and senders without copies,
@@ -89,17 +105,7 @@ impl SkbFrame<'_> {
 impl Frame for SkbFrame<'_> {
     #[inline(always)]
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        // VERIFIER: "R3 offset is outside of the packet" (6.18) where the compiler compares 32 bits of it, signed.
-        let offset = opaque(offset as u64);
-        if offset > MAX_OFFSET {
-            return None;
-        }
-        let start = self.0.data() + offset as usize;
-        if start + N > self.0.data_end() {
-            return None;
-        }
-        // SAFETY: the N bytes from `start` lie before `data_end`, as was just checked; any bytes make an array of u8.
-        Some(unsafe { core::ptr::read_unaligned(start as *const [u8; N]) })
+        load(self.0.data(), self.0.data_end(), offset)
     }
 
     #[inline(always)]
@@ -126,6 +132,38 @@ extern "C" fn walk_options(skb: *mut __sk_buff, at: u32, end: u32) -> u32 {
         Ok(()) => 0,
         Err(drop) => drop as u32,
     }
+}
+
+/// A frame in a network card's buffer. Headers that are not in its first part read as missing.
+pub struct XdpFrame<'a>(pub &'a XdpContext);
+
+impl Frame for XdpFrame<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        load(self.0.data(), self.0.data_end(), offset)
+    }
+
+    /// Of the first part: a packet that goes on behind it is longer than any that begins a flow, and reads as malformed.
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        (self.0.data_end() - self.0.data()) as u32
+    }
+}
+
+/// `N` bytes at `offset` of what lies between `data` and `end`.
+#[inline(always)]
+fn load<const N: usize>(data: usize, end: usize, offset: u32) -> Option<[u8; N]> {
+    // VERIFIER: "R3 offset is outside of the packet" (6.18) where the compiler compares 32 bits of it, signed.
+    let offset = opaque(offset as u64);
+    if offset > MAX_OFFSET {
+        return None;
+    }
+    let start = data + offset as usize;
+    if start + N > end {
+        return None;
+    }
+    // SAFETY: the N bytes from `start` lie before `end`, as was just checked; any bytes make an array of u8.
+    Some(unsafe { core::ptr::read_unaligned(start as *const [u8; N]) })
 }
 
 /// The same value, about which the compiler knows nothing.

@@ -35,6 +35,7 @@ use self::state::Desk;
 use crate::apply::{Applier, Snapshot};
 use crate::datapath::{Datapath, Pins};
 use crate::discovery;
+use crate::early::{self, EarlyDrop};
 use crate::gateway::{self, Gateway};
 use crate::launcher;
 use crate::model::{Inventory, Scope, Warning};
@@ -78,6 +79,10 @@ pub struct Options {
     pub discovery: discovery::Options,
     /// `--publish`.
     pub publish: Vec<proxy::PublishSpec>,
+    /// `--deny`.
+    pub deny: proxy::Deny,
+    /// `--early-drop`.
+    pub early_drop: EarlyDrop,
     /// The time between two polls of an endpoint that answers.
     pub poll_interval: Duration,
     /// The gateway to the endpoint, if there is to be one.
@@ -161,6 +166,8 @@ pub async fn run(options: Options) -> Result<()> {
         unknown: options.resolve.unknown,
         lookout,
         flags: options.publish,
+        deny: options.deny,
+        early_drop: options.early_drop,
         applier,
         proxy,
         snapshots,
@@ -199,6 +206,8 @@ pub async fn run(options: Options) -> Result<()> {
         }
     }
     shutdown.cancel();
+    // Nobody listens from here on, so there is nothing to judge.
+    daemon.applier.watch(&[]);
     daemon.proxy.shutdown(GRACE).await;
     if options.detach_on_exit {
         let report = Pins::new(&options.places.bpffs).remove_all();
@@ -236,6 +245,8 @@ struct Daemon {
     gateway: Option<Gateway>,
     unknown: Unknown,
     flags: Vec<proxy::PublishSpec>,
+    deny: proxy::Deny,
+    early_drop: EarlyDrop,
     resolver: Resolver,
     applier: Applier,
     proxy: Proxy,
@@ -383,7 +394,22 @@ impl Daemon {
         let wanted = self.published();
         self.proxy_warnings = self.proxy.reconcile(wanted).await;
         self.proxy_warnings.extend(self.unattached());
+        let early = tokio::task::block_in_place(|| self.drop_early());
+        self.proxy_warnings.extend(early);
         self.tell();
+    }
+
+    /// Has programs judge clients of published ports before their handshake, at the sockets that are open now.
+    fn drop_early(&mut self) -> Vec<Warning> {
+        let (host, listening) = (&self.view.discovered.host_links, self.proxy.listening());
+        let (links, mut warnings) = self.early_drop.links(host, &listening);
+        let sockets = early::sockets(&listening, host, &self.applier.snapshot(), self.deny);
+        if let Err(error) = self.applier.publish(&sockets) {
+            let problem = format!("denied clients are reset after their handshake: {error}");
+            warnings.push(Warning { subject: "published ports".into(), problem });
+        }
+        warnings.extend(self.applier.watch(&links));
+        warnings
     }
 
     /// Whether every source and every link was read since the start.
@@ -410,6 +436,7 @@ impl Daemon {
                 bind: None,
                 host_port: port.host_port,
                 port: port.port,
+                transport: port.transport,
             })
         });
         let launched = self.launched();

@@ -100,10 +100,20 @@ impl Daemon {
         unlooked.into_iter().chain(unattached).chain(unasked).chain(unread).chain(errors).collect()
     }
 
+    fn published_counters(&self) -> Vec<proxy::PortCounters> {
+        let ports = self.proxy.counters().into_iter();
+        ports
+            .map(|(published, counters)| {
+                let denied_early = self.applier.denied(published);
+                proxy::PortCounters { denied_early, ..counters }
+            })
+            .collect()
+    }
+
     pub(super) fn status(&self) -> Status {
         let report = Report {
             sources: self.pollers.running.values().map(Poller::status).collect(),
-            published: self.proxy.counters(),
+            published: self.published_counters(),
             gateway: self.gateway.as_ref().map(crate::gateway::Gateway::status),
             warnings: self.warnings(),
             problems: self.problems(),

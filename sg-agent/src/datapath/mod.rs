@@ -12,11 +12,13 @@ mod filter;
 mod mapped;
 mod maps;
 mod pins;
+mod published;
 mod trial;
 
 pub use attach::Hook;
 pub use maps::{Maps, absent_is_fine};
 pub use pins::{DetachReport, Pins};
+pub use published::{Watch, Way};
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -133,6 +135,8 @@ impl Datapath {
             if has_flows {
                 earlier = pins.earlier().map(|(interfaces, epoch)| Earlier { interfaces, epoch });
             }
+            let published = pins.remove_published();
+            published.map_err(|error| DatapathError::Pins { path: pins.directory().to_owned(), error })?;
             for (name, path) in pins.shared_maps() {
                 loader.map_pin_path(name, path);
             }

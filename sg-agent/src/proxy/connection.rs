@@ -20,7 +20,7 @@ use super::counters::{Counts, PortCounters};
 use super::freshness::Freshness;
 use super::publish::Published;
 use super::splice::{self, Pipes};
-use super::{CONNECT_TIMEOUT, Deny, OnRevoke, Place, Settings};
+use super::{CONNECT_TIMEOUT, OnRevoke, Place, Settings};
 use crate::apply::Snapshot;
 use crate::decide::admits;
 
@@ -96,7 +96,7 @@ impl Port {
             Err(refusal) => {
                 self.counts.refused.fetch_add(1, Relaxed);
                 tracing::debug!(port = %self.published, %client, reason = %refusal, "refused");
-                return refuse(stream, self.service.settings.deny);
+                return reset(stream);
             }
         };
         self.counts.accepted.fetch_add(1, Relaxed);
@@ -186,13 +186,6 @@ fn ends(on_revoke: OnRevoke, pass: Pass, refusal: Refusal) -> bool {
         (OnRevoke::Aws, Refusal::Denied(Drop::Acl)) => true,
         // What is left of it ends with the instance's own sockets.
         (OnRevoke::Aws, Refusal::Gone | Refusal::Denied(_)) => false,
-    }
-}
-
-/// Turns a client away, in the way that was asked for.
-fn refuse(stream: TcpStream, deny: Deny) {
-    match deny {
-        Deny::Reject => reset(stream),
     }
 }
 
