@@ -1,7 +1,7 @@
 //! P1: the frame as the kernel hands it over. The only place with packet pointers.
 
 use aya_ebpf::Global;
-use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::programs::{TcContext, XdpContext};
 use sg_common::abi::SkbLayout;
@@ -115,10 +115,7 @@ impl Frame for SkbFrame<'_> {
 
     #[inline(always)]
     fn options(&self, at: u32, end: u32) -> Result<(), Drop> {
-        match walk_options(self.0.skb.skb, at, end) {
-            0 => Ok(()),
-            reason => Err(if reason == Drop::SourceRoute as u32 { Drop::SourceRoute } else { Drop::Malformed }),
-        }
+        walked(walk_options(self.0.skb.skb, at, end))
     }
 }
 
@@ -128,9 +125,30 @@ impl Frame for SkbFrame<'_> {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn walk_options(skb: *mut __sk_buff, at: u32, end: u32) -> u32 {
-    match ipv4_options(&SkbFrame(&TcContext::new(skb)), at, end) {
+    walk(&SkbFrame(&TcContext::new(skb)), at, end)
+}
+
+/// The same for a driver's frames.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn walk_options_xdp(xdp: *mut xdp_md, at: u32, end: u32) -> u32 {
+    walk(&XdpFrame(&XdpContext::new(xdp)), at, end)
+}
+
+#[inline(always)]
+fn walk(frame: &impl Frame, at: u32, end: u32) -> u32 {
+    match ipv4_options(frame, at, end) {
         Ok(()) => 0,
         Err(drop) => drop as u32,
+    }
+}
+
+/// What [`walk`] found.
+#[inline(always)]
+fn walked(reason: u32) -> Result<(), Drop> {
+    match reason {
+        0 => Ok(()),
+        reason => Err(if reason == Drop::SourceRoute as u32 { Drop::SourceRoute } else { Drop::Malformed }),
     }
 }
 
@@ -147,6 +165,11 @@ impl Frame for XdpFrame<'_> {
     #[inline(always)]
     fn len(&self) -> u32 {
         (self.0.data_end() - self.0.data()) as u32
+    }
+
+    #[inline(always)]
+    fn options(&self, at: u32, end: u32) -> Result<(), Drop> {
+        walked(walk_options_xdp(self.0.ctx, at, end))
     }
 }
 
