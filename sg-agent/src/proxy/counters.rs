@@ -23,12 +23,16 @@ pub struct PortCounters {
     pub accepted: u64,
     /// Connections that they didn't, or whose instance isn't attached.
     pub refused: u64,
+    /// Connections of trusted balancers that didn't say who their client is.
+    pub unintroduced: u64,
     /// Connections that were let through but that the instance didn't take.
     pub failed: u64,
     /// Live connections that a change of the rules ended.
     pub cut: u64,
-    /// Connections that are open now.
+    /// Connections that are open now, or flows of datagrams.
     pub active: u64,
+    /// How many there can be. Connections beyond that wait in the accept queue, datagrams of further clients are dropped.
+    pub limit: u64,
     /// Bytes from clients to the instance.
     pub bytes_to_instance: u64,
     /// Bytes from the instance to clients.
@@ -40,6 +44,7 @@ pub struct PortCounters {
 pub(super) struct Counts {
     pub accepted: AtomicU64,
     pub refused: AtomicU64,
+    pub unintroduced: AtomicU64,
     pub failed: AtomicU64,
     pub cut: AtomicU64,
     active: AtomicU64,
@@ -55,7 +60,7 @@ impl Counts {
     }
 
     /// The counts now.
-    pub fn read(&self, published: &Published) -> PortCounters {
+    pub fn read(&self, published: &Published, limit: u64) -> PortCounters {
         PortCounters {
             instance: published.instance.to_string(),
             host_port: published.host_port,
@@ -64,9 +69,11 @@ impl Counts {
             denied_early: 0,
             accepted: self.accepted.load(Relaxed),
             refused: self.refused.load(Relaxed),
+            unintroduced: self.unintroduced.load(Relaxed),
             failed: self.failed.load(Relaxed),
             cut: self.cut.load(Relaxed),
             active: self.active.load(Relaxed),
+            limit,
             bytes_to_instance: self.bytes_to_instance.load(Relaxed),
             bytes_to_clients: self.bytes_to_clients.load(Relaxed),
         }
