@@ -212,7 +212,7 @@ async fn urgent_bytes_stay_urgent_and_in_their_place() {
             let mut urgent = [std::mem::MaybeUninit::new(0)];
             until("the urgent byte arrives", || SockRef::from(&to).recv_out_of_band(&mut urgent).is_ok()).await;
             // Not by tokio, which takes a read that stops at the mark for all there is.
-            let (mut came, all) = (Vec::new(), [before, behind].concat());
+            let (mut came, all): (Vec<u8>, _) = (Vec::new(), [before, behind].concat());
             until("the bytes around it arrive", || {
                 let mut piece = [0; 16];
                 let length = recv(to.as_raw_fd(), &mut piece, MsgFlags::MSG_DONTWAIT).unwrap_or(0);

@@ -9,6 +9,8 @@ mod containers;
 mod control_plane;
 #[path = "docker/image.rs"]
 mod image;
+#[path = "docker/live.rs"]
+mod live;
 #[path = "docker/session.rs"]
 mod session;
 

@@ -473,6 +473,7 @@ impl Daemon {
     }
 
     fn sweep(&mut self) {
+        self.proxy.measure();
         match tokio::task::block_in_place(|| self.applier.sweep()) {
             Ok(live) => self.flows = live,
             Err(error) => tracing::warn!(%error, "expired flows stay in the table"),

@@ -108,12 +108,12 @@ impl Port {
         let Some(Introduction { client, rest }) = self.introduce(&mut stream, peer).await else {
             return reset(stream);
         };
-        let (place, pass) = match self.admit(client).await {
-            Ok(passed) => passed,
-            Err(_) => return reset(stream),
+        // Before it is judged, so that no change in between is missed.
+        let mut snapshots = self.service.snapshots.clone();
+        snapshots.mark_unchanged();
+        let Ok((place, pass)) = self.admit(client, self.refresh().await) else {
+            return reset(stream);
         };
-        // The rules by which it was let in, or newer ones.
-        let snapshots = self.service.snapshots.clone();
         let _active = self.counts.activate();
         let server = SocketAddr::new(place.address, self.published.port);
         let opened = tokio::select! {
@@ -157,12 +157,18 @@ impl Port {
         .ok()
     }
 
-    /// Judges a client who comes, and counts what comes of it.
-    pub(super) async fn admit(&self, client: SocketAddr) -> Result<(Place, Pass), Refusal> {
-        let judged = match &self.service.settings.live {
-            Some(live) if !live.refresh().await => Err(Refusal::Unanswered),
-            _ => self.check(&self.service.snapshots.borrow(), client.ip()),
-        };
+    /// Waits for rules that are read from now on, if each client is to have them; whether they came.
+    pub(super) async fn refresh(&self) -> bool {
+        match &self.service.settings.live {
+            Some(live) => live.refresh().await,
+            None => true,
+        }
+    }
+
+    /// Judges a client who comes, by rules that are `fresh` enough, and counts what comes of it.
+    pub(super) fn admit(&self, client: SocketAddr, fresh: bool) -> Result<(Place, Pass), Refusal> {
+        let judged =
+            if fresh { self.check(&self.service.snapshots.borrow(), client.ip()) } else { Err(Refusal::Unanswered) };
         self.note_presence(judged != Err(Refusal::Gone));
         match judged {
             Ok(_) => self.counts.accepted.fetch_add(1, Relaxed),

@@ -6,7 +6,7 @@
 //! the address that the client asked, and the programs of `early` know whom the proxy serves.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsRawFd as _;
@@ -96,8 +96,8 @@ pub async fn run(socket: UdpSocket, port: Arc<Port>, close: CancellationToken) {
     let take_all = async {
         loop {
             consume_budget().await;
-            match socket.try_io(Interest::READABLE, || receive(&socket)) {
-                Ok(datagram) => flows.take(datagram).await,
+            match socket.try_io(Interest::READABLE, || receive_batch(&socket)) {
+                Ok(datagrams) => flows.take(datagrams).await,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if let Err(error) = socket.readable().await {
                         tracing::error!(%error, "a published UDP port has failed");
@@ -110,6 +110,17 @@ pub async fn run(socket: UdpSocket, port: Arc<Port>, close: CancellationToken) {
         }
     };
     close.run_until_cancelled(take_all).await;
+}
+
+/// The datagrams that have come, but no more than others should wait for.
+fn receive_batch(socket: &UdpSocket) -> io::Result<VecDeque<Datagram>> {
+    let mut datagrams = VecDeque::from([receive(socket)?]);
+    while datagrams.len() < BATCH
+        && let Ok(datagram) = receive(socket)
+    {
+        datagrams.push_back(datagram);
+    }
+    Ok(datagrams)
 }
 
 /// One datagram, and where it was sent to.
@@ -155,22 +166,32 @@ struct Flows {
 }
 
 impl Flows {
-    /// Passes a datagram on, by its flow or by a new one, and what a new flow's socket caught of others' with it.
-    async fn take(&mut self, datagram: Datagram) {
-        let mut waiting = vec![datagram];
-        while let Some(datagram) = waiting.pop() {
+    /// Passes datagrams on, by their flows or by new ones, and what new flows' sockets caught of others' with them.
+    async fn take(&mut self, mut waiting: VecDeque<Datagram>) {
+        let mut fresh = None;
+        while let Some(datagram) = waiting.pop_front() {
             let ends = (datagram.from, datagram.to);
-            let known = self.table.get(&ends).and_then(Weak::upgrade);
-            if let Some(flow) = known {
+            if let Some(flow) = self.table.get(&ends).and_then(Weak::upgrade) {
                 flow.pass(&datagram.bytes, &self.port);
                 continue;
             }
+            // One question for all that came together.
+            let is_fresh = match fresh {
+                Some(is_fresh) => is_fresh,
+                None => *fresh.insert(self.port.refresh().await),
+            };
             let Some(permit) = self.port.try_permit() else {
                 self.port.counts.refused.fetch_add(1, Relaxed);
                 continue;
             };
-            let Ok((place, pass)) = self.port.admit(datagram.from).await else { continue };
-            match self.open(ends, place, &mut waiting) {
+            let Ok((place, pass)) = self.port.admit(datagram.from, is_fresh) else { continue };
+            let known = waiting.len();
+            let opened = self.open(ends, place, &mut waiting);
+            if waiting.len() > known {
+                // What was caught came after that question.
+                fresh = None;
+            }
+            match opened {
                 Ok(flow) => {
                     flow.pass(&datagram.bytes, &self.port);
                     self.tidy();
@@ -186,7 +207,7 @@ impl Flows {
         }
     }
 
-    fn open(&self, (client, own): Ends, place: Place, caught: &mut Vec<Datagram>) -> io::Result<Arc<Flow>> {
+    fn open(&self, (client, own): Ends, place: Place, caught: &mut VecDeque<Datagram>) -> io::Result<Arc<Flow>> {
         let port = self.at.map_or(self.port.published.host_port, |at| at.port());
         let at = match (own, client) {
             // On the link that the client is on.
@@ -208,7 +229,7 @@ impl Flows {
         to_instance.connect(&server.into())?;
         BUFFER.with_borrow_mut(|buffer| {
             while let Ok((length, from)) = to_client.recv_from(buffer) {
-                caught.push(Datagram { from, to: own, bytes: buffer[..length].to_vec() });
+                caught.push_back(Datagram { from, to: own, bytes: buffer[..length].to_vec() });
             }
         });
         Ok(Arc::new(Flow {

@@ -18,7 +18,7 @@ mod splice;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use tokio::sync::{Semaphore, watch};
@@ -34,6 +34,7 @@ pub use publish::{DEFAULT_BIND, InvalidPublish, PublishSpec, Published, Transpor
 use crate::apply::{Enforced, Snapshot};
 use crate::model::Warning;
 use connection::{Port, Service};
+use counters::Rates;
 
 /// Connections of one published port at once. More wait in the accept queue, as they would at a busy server.
 pub const MAX_CONNECTIONS: usize = 16_384;
@@ -101,6 +102,7 @@ pub struct Proxy {
 #[derive(Debug)]
 struct Open {
     port: Arc<Port>,
+    rates: Rates,
     sockets: BTreeMap<SocketAddr, Listener>,
 }
 
@@ -278,7 +280,11 @@ impl Proxy {
                 }),
             }
         }
-        let open = self.ports.entry(published.clone()).or_insert_with(|| Open { port, sockets: BTreeMap::new() });
+        let open = self.ports.entry(published.clone()).or_insert_with(|| Open {
+            port,
+            rates: Rates::default(),
+            sockets: BTreeMap::new(),
+        });
         for (socket, listening) in opened {
             tracing::info!(port = %published, %socket, "published");
             open.sockets.insert(socket, listening);
@@ -306,7 +312,15 @@ impl Proxy {
 
     /// What every published port has seen since it was opened.
     pub fn counters(&self) -> Vec<(&Published, PortCounters)> {
-        self.ports.iter().map(|(published, open)| (published, open.port.counters())).collect()
+        self.ports.iter().map(|(published, open)| (published, open.rates.add_to(open.port.counters()))).collect()
+    }
+
+    /// Measures rates over the time since the last call.
+    pub fn measure(&mut self) {
+        let now = Instant::now();
+        for open in self.ports.values_mut() {
+            open.rates.look(&open.port.counts, now);
+        }
     }
 
     /// Closes all listeners, waits for connections to end by themselves, and resets those that haven't within `grace`.
