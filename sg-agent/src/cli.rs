@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 
 use crate::discovery::AttachSpec;
@@ -106,6 +107,17 @@ pub struct RunArgs {
     /// leaves it to the proxy, which resets them after it
     #[arg(long, value_name = "auto|off|LINK[,LINK]", default_value = "auto", help_heading = "Published ports")]
     pub early_drop: EarlyDrop,
+    /// Ask the endpoint at each connection, and let nobody in on an answer that is older; who comes meanwhile shares one
+    /// question. Nothing is denied before the handshake then
+    #[arg(long, value_enum, value_name = "WHOM", conflicts_with = "rules", help_heading = "Published ports")]
+    pub live: Option<Live>,
+    /// A balancer's network, which must say by the PROXY protocol (version 1 or 2) who its clients are; they are judged
+    /// in its place, after the handshake (repeatable)
+    #[arg(long, value_name = "CIDR", value_parser = network, help_heading = "Published ports")]
+    pub trust_proxy: Vec<IpNet>,
+    /// Tell instances of each connection's client by a PROXY header, which their servers have to expect
+    #[arg(long, value_enum, value_name = "VERSION", help_heading = "Published ports")]
+    pub proxy_protocol: Option<ProxyProtocol>,
 
     /// Seconds that a connection to a published port waits for rules that may be out of date to be read anew
     #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds, help_heading = "Instances")]
@@ -178,6 +190,20 @@ pub enum Deny {
     Drop,
     /// As a closed port does.
     Reject,
+}
+
+/// Who is asked about a connection, instead of the rules in force.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Live {
+    /// The endpoint.
+    Endpoint,
+}
+
+/// How instances are told of clients.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum ProxyProtocol {
+    /// The binary header.
+    V2,
 }
 
 /// SG-2.5.
@@ -274,6 +300,13 @@ fn seconds(text: &str) -> Result<Duration, String> {
     if (0.05..=86_400.0).contains(&seconds) { Ok(Duration::from_secs_f64(seconds)) } else { Err(error()) }
 }
 
+fn network(text: &str) -> Result<IpNet, String> {
+    let address = || text.parse::<IpAddr>().map(IpNet::from);
+    text.parse()
+        .or_else(|_| address())
+        .map_err(|_| format!("'{text}' is neither a network such as 10.0.0.0/8 nor an address"))
+}
+
 fn party(text: &str) -> Result<Party, String> {
     if let Ok(address) = text.parse::<IpAddr>() {
         return Ok(Party::Address(address));
@@ -322,6 +355,16 @@ mod tests {
             "i-1=veth0,ip=10.0.0.5",
             "--publish",
             "i-1:32022=22",
+            "--publish",
+            "i-1:[::]:5353=53/udp",
+            "--early-drop",
+            "lo,eth0",
+            "--trust-proxy",
+            "192.0.2.7",
+            "--proxy-protocol",
+            "v2",
+            "--live",
+            "endpoint",
             "--exempt",
             "192.0.2.53:53/udp",
             "--on-revoke",

@@ -26,7 +26,9 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     init_log();
     let places = Places { state_dir: cli.places.state_dir, bpffs: cli.places.bpffs };
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+    // One for the daemon's work, which may block, and the proxy's connections on all of them.
+    let workers = std::thread::available_parallelism().map_or(2, |processors| processors.get().clamp(2, 8));
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("sg-agent: cannot start: {error}");
@@ -96,6 +98,9 @@ fn options(places: Places, args: RunArgs) -> Result<Options> {
         publish: args.publish,
         deny: if args.deny == Deny::Reject { proxy::Deny::Reject } else { proxy::Deny::Drop },
         early_drop: args.early_drop,
+        live: args.live.is_some(),
+        trust_proxy: args.trust_proxy,
+        tell_client: args.proxy_protocol.is_some(),
         poll_interval: args.poll_interval,
         gateway: (!args.no_gateway)
             .then_some(gateway::Options { address: args.gateway, commit_timeout: args.commit_timeout }),

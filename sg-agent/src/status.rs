@@ -35,6 +35,10 @@ pub struct Status {
     /// The gateway to the endpoint, if there is one.
     #[serde(default)]
     pub gateway: Option<GatewayStatus>,
+    /// Connections through all published ports, flows of datagrams included.
+    pub published_connections: usize,
+    /// How many there can be, by the limit of open files.
+    pub published_connections_limit: usize,
     /// What the rule maps hold.
     pub usage: Usage,
     /// And could hold.
@@ -57,6 +61,8 @@ pub struct Report {
     pub published: Vec<PortCounters>,
     /// The gateway.
     pub gateway: Option<GatewayStatus>,
+    /// Connections through them, and how many there can be.
+    pub connections: (usize, usize),
     /// See [`Status::warnings`].
     pub warnings: BTreeSet<Warning>,
     /// See [`Status::problems`].
@@ -156,7 +162,7 @@ impl From<Count> for Counter {
 impl Status {
     /// Puts it together.
     pub fn new(snapshot: &Snapshot, maps: &Maps, report: Report) -> Self {
-        let Report { sources, published, gateway, warnings, mut problems, refused, flows } = report;
+        let Report { sources, published, gateway, connections, warnings, mut problems, refused, flows } = report;
         let enis: Vec<u32> = snapshot.interfaces.values().map(|enforced| enforced.entry.eni).collect();
         let counters = maps.counters(&enis).unwrap_or_else(|error| {
             problems.push(format!("cannot read the counters: {error}"));
@@ -220,6 +226,8 @@ impl Status {
             sources,
             published,
             gateway,
+            published_connections: connections.0,
+            published_connections_limit: connections.1,
             usage: snapshot.usage,
             capacity: Usage::CAPACITY,
             refused_changes: refused,

@@ -1,13 +1,20 @@
 //! The proxy on real sockets: who gets through, what a change does, and that bytes, ends and resets arrive as they
 //! would without it.
 
+#[path = "proxy/balancers.rs"]
+mod balancers;
+#[path = "proxy/datagrams.rs"]
+mod datagrams;
 mod support;
 
 use std::io::ErrorKind;
+use std::os::fd::AsRawFd as _;
 use std::time::Duration;
 
+use nix::sys::socket::{MsgFlags, recv};
 use sg_agent::apply::Snapshot;
-use sg_agent::proxy::OnRevoke;
+use sg_agent::proxy::{Live, OnRevoke};
+use socket2::SockRef;
 use support::{
     Rules, Scene, connect, ends_in_reset, free_socket, is_reset, publish, reset, snapshot, talk, until, within,
 };
@@ -189,6 +196,80 @@ async fn a_reset_reaches_the_other_side() {
     reset(pair.1);
     assert!(ends_in_reset(&mut pair.0).await);
     until("nothing is left open", || scene.counters().active == 0).await;
+}
+
+#[tokio::test]
+async fn urgent_bytes_stay_urgent_and_in_their_place() {
+    let scene = Scene::new(some()).await;
+    for client_first in [true, false] {
+        let (client, server) = scene.connected(SOME).await;
+        let (mut from, to) = if client_first { (client, server) } else { (server, client) };
+        // In one piece and in two; with nothing behind it, and with something.
+        for (before, behind) in [(&b"one"[..], &b""[..]), (b"", b"two"), (b"three", b"four")] {
+            from.write_all(before).await.unwrap();
+            assert_eq!(SockRef::from(&from).send_out_of_band(b"!").unwrap(), 1);
+            from.write_all(behind).await.unwrap();
+            let mut urgent = [std::mem::MaybeUninit::new(0)];
+            until("the urgent byte arrives", || SockRef::from(&to).recv_out_of_band(&mut urgent).is_ok()).await;
+            // Not by tokio, which takes a read that stops at the mark for all there is.
+            let (mut came, all): (Vec<u8>, _) = (Vec::new(), [before, behind].concat());
+            until("the bytes around it arrive", || {
+                let mut piece = [0; 16];
+                let length = recv(to.as_raw_fd(), &mut piece, MsgFlags::MSG_DONTWAIT).unwrap_or(0);
+                came.extend(&piece[..length]);
+                came.len() >= all.len()
+            })
+            .await;
+            assert_eq!(came, all);
+        }
+        let mut pair = (from, to);
+        talk(&mut pair).await;
+    }
+}
+
+#[tokio::test]
+async fn fresh_rules_are_asked_for_at_each_connection() {
+    let (live, mut asks) = Live::new();
+    let live = live.patience(Duration::from_millis(500));
+    let scene = Scene::with(Rules::default(), 0, |proxy| proxy.live(Some(live))).await;
+    // Nobody answers: the rules in force would let it in, and don't count.
+    scene.enforce(&some());
+    assert!(is_reset(SOME, scene.at).await);
+    assert!(within(asks.recv()).await.expect("it was asked").is_closed());
+    scene.enforce(&Rules::default());
+    // The answer brings the rule that lets it in.
+    let client = tokio::spawn(connect(SOME, scene.at));
+    let ask = within(asks.recv()).await.expect("it was asked");
+    assert!(!scene.is_knocked_at());
+    scene.enforce(&some());
+    ask.send(()).unwrap();
+    let server = within(scene.server.accept()).await.unwrap().0;
+    talk(&mut (client.await.unwrap().unwrap(), server)).await;
+    // And the one that doesn't.
+    let client = tokio::spawn(is_reset(SOME, scene.at));
+    let ask = within(asks.recv()).await.expect("it was asked");
+    scene.enforce(&Rules::default());
+    ask.send(()).unwrap();
+    assert!(client.await.unwrap());
+    assert_eq!((scene.counters().accepted, scene.counters().refused), (1, 2));
+}
+
+#[tokio::test]
+async fn the_limit_of_all_ports_holds_for_each() {
+    let mut scene = Scene::with(some(), 0, |proxy| proxy.most_connections(1)).await;
+    let second = publish(free_socket(), scene.instance);
+    assert_eq!(scene.proxy.reconcile(vec![scene.published.clone(), second.clone()]).await, []);
+    let mut first = scene.connected(SOME).await;
+    talk(&mut first).await;
+    assert_eq!(scene.proxy.connections(), (1, 1));
+    let waiting = connect(SOME, (second.bind[0], second.host_port).into()).await.unwrap();
+    for _ in 0..50 {
+        talk(&mut first).await;
+    }
+    assert!(!scene.is_knocked_at());
+    drop(first);
+    let server = within(scene.server.accept()).await.unwrap().0;
+    talk(&mut (waiting, server)).await;
 }
 
 #[tokio::test]
@@ -399,7 +480,6 @@ async fn without_an_applier_the_last_rules_stand() {
 mod alone {
     use super::*;
     use nix::sched::{CloneFlags, unshare};
-    use socket2::SockRef;
     use std::process::Command;
 
     /// Runs a test there. The namespace goes with the thread.

@@ -13,6 +13,8 @@ mod failures;
 mod image;
 #[path = "docker/launcher.rs"]
 mod launcher;
+#[path = "docker/live.rs"]
+mod live;
 #[path = "docker/session.rs"]
 mod session;
 

@@ -20,7 +20,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use ipnet::IpNet;
 use sg_common::abi::{CUT_ON_REVOKE, Config};
+use sg_common::conntrack::State;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -83,6 +85,12 @@ pub struct Options {
     pub deny: proxy::Deny,
     /// `--early-drop`.
     pub early_drop: EarlyDrop,
+    /// `--live=endpoint`.
+    pub live: bool,
+    /// `--trust-proxy`.
+    pub trust_proxy: Vec<IpNet>,
+    /// `--proxy-protocol`.
+    pub tell_client: bool,
     /// The time between two polls of an endpoint that answers.
     pub poll_interval: Duration,
     /// The gateway to the endpoint, if there is to be one.
@@ -132,7 +140,7 @@ pub async fn run(options: Options) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let _lock = lock::take(&options.places.state_dir)?;
-    raise_open_files();
+    let open_files = raise_open_files();
     let mark = proxy_mark();
     let config = Config { proxy_mark: mark, ..options.config };
     let (mut datapath, maps) = tokio::task::block_in_place(|| {
@@ -158,7 +166,15 @@ pub async fn run(options: Options) -> Result<()> {
     let fresh = Freshness::new(freshness.subscribe(), renewals, options.fresh_timeout);
     let snapshots = watch::Sender::new(applier.snapshot());
     let on_revoke = if config.flags & CUT_ON_REVOKE != 0 { proxy::OnRevoke::Cut } else { proxy::OnRevoke::Aws };
-    let proxy = Proxy::new(snapshots.subscribe(), mark).on_revoke(on_revoke).fresh(fresh);
+    let (live, mut asks) = proxy::Live::new();
+    let proxy = Proxy::new(snapshots.subscribe(), mark)
+        .on_revoke(on_revoke)
+        .fresh(fresh)
+        .idle(udp_idle(&config))
+        .most_connections(proxy::MOST_CONNECTIONS.min(open_files.saturating_sub(OWN_FILES) / FILES_OF_CONNECTION))
+        .trust(options.trust_proxy.clone())
+        .tell_client(options.tell_client)
+        .live(options.live.then_some(live));
     let launcher = launched::start(&options, &snapshots, events.clone(), shutdown.clone())?;
     let pollers = Pollers::new(&options, events)?;
     let mut daemon = Daemon {
@@ -167,7 +183,9 @@ pub async fn run(options: Options) -> Result<()> {
         lookout,
         flags: options.publish,
         deny: options.deny,
-        early_drop: options.early_drop,
+        early_drop: if options.live { EarlyDrop::Off } else { options.early_drop },
+        trusts_balancers: !options.trust_proxy.is_empty(),
+        asked: Vec::new(),
         applier,
         proxy,
         snapshots,
@@ -201,6 +219,7 @@ pub async fn run(options: Options) -> Result<()> {
             Some(reply) = renewing.recv() => daemon.renew(reply),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
+            Some(ask) = asks.recv() => daemon.ask_endpoint(ask),
             _ = sweeps.tick() => daemon.sweep(),
             () = daemon.desk.next_deadline() => daemon.desk.expire(),
         }
@@ -221,14 +240,27 @@ pub async fn run(options: Options) -> Result<()> {
     Ok(())
 }
 
-/// As many open files as the system lets this process have: a proxied connection takes two to six.
-fn raise_open_files() {
+/// Files that the agent has open beside connections.
+const OWN_FILES: usize = 512;
+
+/// Two sockets, and two pipes while bytes move both ways.
+const FILES_OF_CONNECTION: usize = 6;
+
+/// How long flows of datagrams may be idle: as long as conntrack's.
+fn udp_idle(config: &Config) -> proxy::IdleTimes {
+    let of = |state: State| Duration::from_nanos(config.timeouts[state as usize]);
+    proxy::IdleTimes { single: of(State::UdpExchange), stream: of(State::UdpStream) }
+}
+
+/// As many open files as the system lets this process have, and how many that are.
+fn raise_open_files() -> usize {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let raised =
         getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
     if let Err(error) = raised {
         tracing::debug!(%error, "the limit of open files stays as it is");
     }
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(usize::MAX, |(most, _)| usize::try_from(most).unwrap_or(usize::MAX))
 }
 
 /// A mark that nothing else on the machine is likely to use. Only what may set marks (CAP_NET_ADMIN in the host's
@@ -247,6 +279,9 @@ struct Daemon {
     flags: Vec<proxy::PublishSpec>,
     deny: proxy::Deny,
     early_drop: EarlyDrop,
+    trusts_balancers: bool,
+    /// Connections that wait for rules that are read from this moment on (`--live=endpoint`).
+    asked: Vec<(Instant, proxy::Ask)>,
     resolver: Resolver,
     applier: Applier,
     proxy: Proxy,
@@ -399,9 +434,30 @@ impl Daemon {
         self.tell();
     }
 
+    /// Somebody waits for rules that are read from now on. Who asks while one read is under way shares the next.
+    fn ask_endpoint(&mut self, ask: proxy::Ask) {
+        self.asked.retain(|(_, waiting)| !waiting.is_closed());
+        self.asked.push((Instant::now(), ask));
+        for poller in self.pollers.running.values() {
+            poller.hurry();
+        }
+    }
+
+    /// Tells those who asked before the last read of every source that it is enforced.
+    fn answer_asked(&mut self) {
+        let oldest = self.pollers.running.values().map(Poller::last_success).min().flatten();
+        let Some(oldest) = oldest.filter(|_| self.apply_error.is_none()) else { return };
+        for (_, ask) in self.asked.extract_if(.., |(asked, _)| *asked <= oldest) {
+            // Who has given up needs no answer.
+            let _ = ask.send(());
+        }
+    }
+
     /// Has programs judge clients of published ports before their handshake, at the sockets that are open now.
     fn drop_early(&mut self) -> Vec<Warning> {
-        let (host, listening) = (&self.view.discovered.host_links, self.proxy.listening());
+        let (host, mut listening) = (&self.view.discovered.host_links, self.proxy.listening());
+        // Whose packets come from a balancer only its header tells.
+        listening.retain(|socket| !self.trusts_balancers || socket.published.transport == proxy::Transport::Udp);
         let (links, mut warnings) = self.early_drop.links(host, &listening);
         let sockets = early::sockets(&listening, host, &self.applier.snapshot(), self.deny);
         if let Err(error) = self.applier.publish(&sockets) {
@@ -422,6 +478,7 @@ impl Daemon {
     }
 
     fn sweep(&mut self) {
+        self.proxy.measure();
         match tokio::task::block_in_place(|| self.applier.sweep()) {
             Ok(live) => self.flows = live,
             Err(error) => tracing::warn!(%error, "expired flows stay in the table"),

@@ -84,6 +84,7 @@ impl Daemon {
         let errors = self.pollers.running.values().filter_map(Poller::error);
         let problems: Vec<String> = self.problems().into_iter().chain(errors).chain(underway).collect();
         self.desk.serve(since, problems);
+        self.answer_asked();
     }
 
     /// What keeps the desired state from being the enforced one.
@@ -114,6 +115,7 @@ impl Daemon {
         let report = Report {
             sources: self.pollers.running.values().map(Poller::status).collect(),
             published: self.published_counters(),
+            connections: self.proxy.connections(),
             gateway: self.gateway.as_ref().map(crate::gateway::Gateway::status),
             warnings: self.warnings(),
             problems: self.problems(),

@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use sg_common::abi::Direction;
-use sg_common::packet::TCP;
 use sg_common::verdict::{Drop, Pass};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpSocket, TcpStream};
@@ -18,6 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use super::counters::{Counts, PortCounters};
 use super::freshness::Freshness;
+use super::header::{self, Introduction};
 use super::publish::Published;
 use super::splice::{self, Pipes};
 use super::{CONNECT_TIMEOUT, OnRevoke, Place, Settings};
@@ -32,7 +32,16 @@ pub struct Service {
     pub freshness: Freshness,
     pub pipes: Arc<Pipes>,
     pub connections: TaskTracker,
+    /// Room for connections of all ports.
+    pub limit: Arc<Semaphore>,
     pub reset: CancellationToken,
+}
+
+/// Room for a connection, of its port and of all; given back when it ends.
+#[derive(Debug)]
+pub struct Permit {
+    _of_port: OwnedSemaphorePermit,
+    _of_all: OwnedSemaphorePermit,
 }
 
 /// A published port, whichever of its sockets a client came by.
@@ -41,16 +50,18 @@ pub struct Port {
     pub published: Published,
     pub service: Service,
     limit: Arc<Semaphore>,
-    counts: Counts,
+    pub(super) counts: Counts,
     /// Whether the last connection found no instance, so that only a change is logged.
     is_gone: AtomicBool,
 }
 
 /// Why a client doesn't get through.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-enum Refusal {
+pub(super) enum Refusal {
     #[error("the instance is not attached")]
     Gone,
+    #[error("the endpoint did not answer in time (--live=endpoint)")]
+    Unanswered,
     #[error("{}", .0.name())]
     Denied(Drop),
 }
@@ -77,33 +88,38 @@ impl Port {
     }
 
     /// Room for one more connection.
-    pub async fn permit(&self) -> OwnedSemaphorePermit {
-        Arc::clone(&self.limit).acquire_owned().await.expect("the semaphore is never closed")
+    pub async fn permit(&self) -> Permit {
+        let take = async |limit: &Arc<Semaphore>| {
+            Arc::clone(limit).acquire_owned().await.expect("the semaphore is never closed")
+        };
+        Permit { _of_port: take(&self.limit).await, _of_all: take(&self.service.limit).await }
+    }
+
+    /// The same, if there is room now.
+    pub fn try_permit(&self) -> Option<Permit> {
+        let take = |limit: &Arc<Semaphore>| Arc::clone(limit).try_acquire_owned().ok();
+        Some(Permit { _of_port: take(&self.limit)?, _of_all: take(&self.service.limit)? })
     }
 
     pub fn counters(&self) -> PortCounters {
-        self.counts.read(&self.published)
+        self.counts.read(&self.published, self.service.settings.max_connections as u64)
     }
 
     /// Serves one client from its first byte to its last.
-    pub async fn serve(&self, stream: TcpStream, client: SocketAddr) {
-        let mut snapshots = self.service.snapshots.clone();
-        self.service.freshness.renew().await;
-        let judged = self.check(&snapshots.borrow_and_update(), client.ip());
-        self.note_presence(judged != Err(Refusal::Gone));
-        let (place, pass) = match judged {
-            Ok(passed) => passed,
-            Err(refusal) => {
-                self.counts.refused.fetch_add(1, Relaxed);
-                tracing::debug!(port = %self.published, %client, reason = %refusal, "refused");
-                return reset(stream);
-            }
+    pub async fn serve(&self, mut stream: TcpStream, peer: SocketAddr) {
+        let Some(Introduction { client, rest }) = self.introduce(&mut stream, peer).await else {
+            return reset(stream);
         };
-        self.counts.accepted.fetch_add(1, Relaxed);
+        // Before it is judged, so that no change in between is missed.
+        let mut snapshots = self.service.snapshots.clone();
+        snapshots.mark_unchanged();
+        let Ok((place, pass)) = self.admit(client, self.refresh().await) else {
+            return reset(stream);
+        };
         let _active = self.counts.activate();
         let server = SocketAddr::new(place.address, self.published.port);
         let opened = tokio::select! {
-            opened = connect(server, self.service.settings.mark) => opened,
+            opened = self.open(server, client, &stream, rest) => opened,
             () = self.service.reset.cancelled() => return reset(stream),
         };
         let upstream = match opened {
@@ -127,11 +143,79 @@ impl Port {
         reset(upstream);
     }
 
+    /// Who the client is: the peer, or whom a trusted balancer names.
+    async fn introduce(&self, stream: &mut TcpStream, peer: SocketAddr) -> Option<Introduction> {
+        if !header::is_trusted(&self.service.settings.trusted, peer.ip()) {
+            return Some(Introduction { client: peer, rest: Vec::new() });
+        }
+        let read = tokio::select! {
+            read = header::read(stream, peer) => read,
+            () = self.service.reset.cancelled() => return None,
+        };
+        read.inspect_err(|error| {
+            self.counts.unintroduced.fetch_add(1, Relaxed);
+            tracing::debug!(port = %self.published, %peer, %error, "closed");
+        })
+        .ok()
+    }
+
+    /// Waits for rules that are read from now on, if each client is to have them, or those in force are stale; whether the
+    /// client may be judged by what is in force then.
+    pub(super) async fn refresh(&self) -> bool {
+        match &self.service.settings.live {
+            Some(live) => live.refresh().await,
+            None => {
+                self.service.freshness.renew().await;
+                true
+            }
+        }
+    }
+
+    /// Judges a client who comes, by rules that are `fresh` enough, and counts what comes of it.
+    pub(super) fn admit(&self, client: SocketAddr, fresh: bool) -> Result<(Place, Pass), Refusal> {
+        let judged =
+            if fresh { self.check(&self.service.snapshots.borrow(), client.ip()) } else { Err(Refusal::Unanswered) };
+        self.note_presence(judged != Err(Refusal::Gone));
+        match judged {
+            Ok(_) => self.counts.accepted.fetch_add(1, Relaxed),
+            Err(refusal) => {
+                tracing::debug!(port = %self.published, %client, reason = %refusal, "refused");
+                self.counts.refused.fetch_add(1, Relaxed)
+            }
+        };
+        judged
+    }
+
+    /// Connects to the instance, and says there what comes before the client's further bytes.
+    async fn open(
+        &self,
+        server: SocketAddr,
+        client: SocketAddr,
+        stream: &TcpStream,
+        rest: Vec<u8>,
+    ) -> io::Result<TcpStream> {
+        let upstream = connect(server, self.service.settings.mark).await?;
+        if self.service.settings.tells_client {
+            let header = header::write(client, stream.local_addr()?);
+            splice::send_all(&upstream, &header, |bytes| SockRef::from(&upstream).send(bytes)).await?;
+        }
+        let sent = splice::send_all(&upstream, &rest, |bytes| SockRef::from(&upstream).send(bytes)).await?;
+        self.counts.bytes_to_instance.fetch_add(sent, Relaxed);
+        Ok(upstream)
+    }
+
     /// The one question, asked at accept and after every change of the rules: may this client talk to the instance,
     /// and where is that?
-    fn check(&self, snapshot: &Snapshot, client: IpAddr) -> Result<(Place, Pass), Refusal> {
+    pub(super) fn check(&self, snapshot: &Snapshot, client: IpAddr) -> Result<(Place, Pass), Refusal> {
         let place = Place::of(snapshot, &self.published).ok_or(Refusal::Gone)?;
-        let decision = admits(snapshot, place.ifindex, Direction::Ingress, client, TCP, self.published.port);
+        let decision = admits(
+            snapshot,
+            place.ifindex,
+            Direction::Ingress,
+            client,
+            self.published.transport.number(),
+            self.published.port,
+        );
         decision.verdict.map(|pass| (place, pass)).map_err(Refusal::Denied)
     }
 
@@ -144,24 +228,32 @@ impl Port {
         pass: Pass,
         mut snapshots: watch::Receiver<Arc<Snapshot>>,
     ) -> End {
-        let until_denied = async {
-            while snapshots.changed().await.is_ok() {
-                let judged = self.check(&snapshots.borrow_and_update(), client);
-                if let Err(refusal) = judged
-                    && ends(self.service.settings.on_revoke, pass, refusal)
-                {
-                    return refusal;
-                }
-            }
-            // The applier is gone, and the last rules stand.
-            std::future::pending().await
-        };
+        let until_denied = self.until_denied(client, pass, &mut snapshots);
         let bytes = [&self.counts.bytes_to_instance, &self.counts.bytes_to_clients];
         tokio::select! {
             over = splice::both_ways(client_side, upstream, &self.service.pipes, bytes) => End::Over(over),
             refusal = until_denied => End::Cut(refusal),
             () = self.service.reset.cancelled() => End::Reset,
         }
+    }
+
+    /// Ends when a change of the rules ends what came in by `pass`.
+    pub(super) async fn until_denied(
+        &self,
+        client: IpAddr,
+        pass: Pass,
+        snapshots: &mut watch::Receiver<Arc<Snapshot>>,
+    ) -> Refusal {
+        while snapshots.changed().await.is_ok() {
+            let judged = self.check(&snapshots.borrow_and_update(), client);
+            if let Err(refusal) = judged
+                && ends(self.service.settings.on_revoke, pass, refusal)
+            {
+                return refusal;
+            }
+        }
+        // The applier is gone, and the last rules stand.
+        std::future::pending().await
     }
 
     /// Logs an instance that comes or goes, as connections find it, once.
@@ -185,7 +277,7 @@ fn ends(on_revoke: OnRevoke, pass: Pass, refusal: Refusal) -> bool {
         // Stateless: it is about every packet.
         (OnRevoke::Aws, Refusal::Denied(Drop::Acl)) => true,
         // What is left of it ends with the instance's own sockets.
-        (OnRevoke::Aws, Refusal::Gone | Refusal::Denied(_)) => false,
+        (OnRevoke::Aws, Refusal::Gone | Refusal::Unanswered | Refusal::Denied(_)) => false,
     }
 }
 
@@ -196,10 +288,19 @@ fn reset(stream: TcpStream) {
     }
 }
 
+/// What both sockets of a connection have, and accepted ones inherit from their listener: small writes go at once, urgent
+/// bytes keep their place, and a peer that vanished without a word is found out some day.
+pub(super) fn behave(socket: &Socket) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    socket.set_out_of_band_inline(true)?;
+    socket.set_keepalive(true)
+}
+
 /// Connects to the instance within [`CONNECT_TIMEOUT`].
 async fn connect(server: SocketAddr, mark: u32) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(server), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
+    behave(&socket)?;
     if mark != 0 {
         // Before the SYN: it is the packet that the programs look at.
         socket.set_mark(mark)?;

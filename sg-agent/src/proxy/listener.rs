@@ -11,7 +11,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-use super::connection::Port;
+use super::connection::{Port, behave};
 
 /// Connections whose handshake is over and that nobody has accepted yet. The kernel caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 4_096;
@@ -30,6 +30,7 @@ pub fn bind(address: SocketAddr, is_dual_stack: bool) -> io::Result<TcpListener>
     if address.is_ipv6() {
         socket.set_only_v6(!is_dual_stack)?;
     }
+    behave(&socket)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     TcpListener::from_std(socket.into())

@@ -1,37 +1,48 @@
 //! Published ports: each connection's real client is judged by the latest snapshot, then connected through.
 //!
-//! A connection's way: `listener` (accept) -> `connection` (judge, connect, judge again on every change) -> `splice`
-//! (bytes). Asks nobody but [`crate::decide`], and writes no map.
+//! A connection's way: `listener` (accept) -> `header` (a balancer's client) -> `live` (fresh rules, if each connection is
+//! to have them) -> `connection` (judge, connect, judge again on every change) -> `splice` (bytes). UDP's is in
+//! `datagrams`. Asks nobody but [`crate::decide`], and writes no map.
 
 #![forbid(unsafe_code)]
 
 mod connection;
 mod counters;
+mod datagrams;
 mod freshness;
+mod header;
 mod listener;
+mod live;
 mod publish;
 mod splice;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use counters::PortCounters;
+pub use datagrams::IdleTimes;
 pub use freshness::Freshness;
+pub use live::{Ask, Live};
 pub use publish::{DEFAULT_BIND, InvalidPublish, PublishSpec, Published, Transport};
 
 use crate::apply::{Enforced, Snapshot};
 use crate::model::Warning;
 use connection::{Port, Service};
+use counters::Rates;
 
 /// Connections of one published port at once. More wait in the accept queue, as they would at a busy server.
 pub const MAX_CONNECTIONS: usize = 16_384;
+
+/// Connections of all ports at once, unless more files can't be open.
+pub const MOST_CONNECTIONS: usize = 65_536;
 
 /// How long an instance may take to answer a connect.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -61,12 +72,18 @@ pub enum OnRevoke {
 }
 
 /// How connections are treated.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Settings {
     /// The `SO_MARK` of connections to instances; 0 for none.
     mark: u32,
     on_revoke: OnRevoke,
     max_connections: usize,
+    /// Whose word for a client is taken.
+    trusted: Arc<[IpNet]>,
+    /// Whether instances are told of the client.
+    tells_client: bool,
+    live: Option<Live>,
+    idle: IdleTimes,
 }
 
 /// The listeners of all published ports.
@@ -78,6 +95,8 @@ pub struct Proxy {
     pipes: Arc<splice::Pipes>,
     ports: BTreeMap<Published, Open>,
     connections: TaskTracker,
+    most: usize,
+    limit: Arc<Semaphore>,
     /// Ends connections that outlive the grace time.
     reset: CancellationToken,
 }
@@ -86,6 +105,7 @@ pub struct Proxy {
 #[derive(Debug)]
 struct Open {
     port: Arc<Port>,
+    rates: Rates,
     sockets: BTreeMap<SocketAddr, Listener>,
 }
 
@@ -123,7 +143,16 @@ impl Proxy {
     /// ([`sg_common::abi::Config::proxy_mark`]), so that they aren't judged a second time by the bridge's address; 0
     /// for none. Another mark than 0 needs CAP_NET_ADMIN.
     pub fn new(snapshots: watch::Receiver<Arc<Snapshot>>, mark: u32) -> Self {
-        let settings = Settings { mark, on_revoke: OnRevoke::default(), max_connections: MAX_CONNECTIONS };
+        let idle = IdleTimes { single: Duration::from_secs(30), stream: Duration::from_secs(180) };
+        let settings = Settings {
+            mark,
+            on_revoke: OnRevoke::default(),
+            max_connections: MAX_CONNECTIONS,
+            trusted: Arc::default(),
+            tells_client: false,
+            live: None,
+            idle,
+        };
         Self {
             snapshots,
             settings,
@@ -131,6 +160,8 @@ impl Proxy {
             pipes: Arc::default(),
             ports: BTreeMap::new(),
             connections: TaskTracker::new(),
+            most: MOST_CONNECTIONS,
+            limit: Arc::new(Semaphore::new(MOST_CONNECTIONS)),
             reset: CancellationToken::new(),
         }
     }
@@ -154,6 +185,47 @@ impl Proxy {
     pub fn max_connections(mut self, most: usize) -> Self {
         self.settings.max_connections = most.min(Semaphore::MAX_PERMITS);
         self
+    }
+
+    /// How many connections all ports have at once. For ports that are opened from now on.
+    #[must_use]
+    pub fn most_connections(mut self, most: usize) -> Self {
+        self.most = most.min(Semaphore::MAX_PERMITS);
+        self.limit = Arc::new(Semaphore::new(self.most));
+        self
+    }
+
+    /// From whom a PROXY header is taken, and then expected. For ports that are opened from now on.
+    #[must_use]
+    pub fn trust(mut self, networks: Vec<IpNet>) -> Self {
+        self.settings.trusted = networks.into();
+        self
+    }
+
+    /// Whether instances are told of the client by a PROXY header of version 2. For ports that are opened from now on.
+    #[must_use]
+    pub fn tell_client(mut self, tell: bool) -> Self {
+        self.settings.tells_client = tell;
+        self
+    }
+
+    /// Whom to ask for fresh rules at each connection. For ports that are opened from now on.
+    #[must_use]
+    pub fn live(mut self, live: Option<Live>) -> Self {
+        self.settings.live = live;
+        self
+    }
+
+    /// When a flow of datagrams is forgotten. For ports that are opened from now on.
+    #[must_use]
+    pub fn idle(mut self, idle: IdleTimes) -> Self {
+        self.settings.idle = idle;
+        self
+    }
+
+    /// How many connections all ports have now, and can have.
+    pub fn connections(&self) -> (usize, usize) {
+        (self.most - self.limit.available_permits(), self.most)
     }
 
     /// Opens and closes listeners until they are those of `wanted`. Live connections of a port that is closed go on.
@@ -182,11 +254,12 @@ impl Proxy {
             Some(open) => Arc::clone(&open.port),
             None => {
                 let service = Service {
-                    settings: self.settings,
+                    settings: self.settings.clone(),
                     snapshots: self.snapshots.clone(),
                     freshness: self.freshness.clone(),
                     pipes: Arc::clone(&self.pipes),
                     connections: self.connections.clone(),
+                    limit: Arc::clone(&self.limit),
                     reset: self.reset.clone(),
                 };
                 Arc::new(Port::new(published.clone(), service))
@@ -198,17 +271,16 @@ impl Proxy {
             if self.ports.get(published).is_some_and(|open| open.sockets.contains_key(&socket)) {
                 continue;
             }
-            if let Some(other) = self.holder(socket) {
+            if let Some(other) = self.holder(socket, published.transport) {
                 let problem =
                     format!("cannot listen on {socket}: it is published for {other}; choose another host port");
                 warnings.push(Warning { subject: published.to_string(), problem });
                 continue;
             }
-            let is_dual_stack = is_dual_stack(socket, wanted);
-            match listener::bind(socket, is_dual_stack) {
-                Ok(listener) => {
-                    let close = CancellationToken::new();
-                    let task = tokio::spawn(listener::run(listener, Arc::clone(&port), close.clone()));
+            let is_dual_stack = is_dual_stack(socket, published.transport, wanted);
+            let close = CancellationToken::new();
+            match listen(socket, is_dual_stack, &port, &close) {
+                Ok(task) => {
                     opened.push((socket, Listener { is_dual_stack, close, task }));
                 }
                 Err(error) if listener::is_no_such_loopback(socket, &error) && published.bind.len() > 1 => {
@@ -220,7 +292,11 @@ impl Proxy {
                 }),
             }
         }
-        let open = self.ports.entry(published.clone()).or_insert_with(|| Open { port, sockets: BTreeMap::new() });
+        let open = self.ports.entry(published.clone()).or_insert_with(|| Open {
+            port,
+            rates: Rates::default(),
+            sockets: BTreeMap::new(),
+        });
         for (socket, listening) in opened {
             tracing::info!(port = %published, %socket, "published");
             open.sockets.insert(socket, listening);
@@ -229,8 +305,9 @@ impl Proxy {
     }
 
     /// The published port that listens on a socket already.
-    fn holder(&self, socket: SocketAddr) -> Option<&Published> {
-        self.ports.iter().find(|(_, open)| open.sockets.contains_key(&socket)).map(|(published, _)| published)
+    fn holder(&self, socket: SocketAddr, transport: Transport) -> Option<&Published> {
+        let mut ports = self.ports.iter().filter(|(published, _)| published.transport == transport);
+        ports.find(|(_, open)| open.sockets.contains_key(&socket)).map(|(published, _)| published)
     }
 
     /// The sockets that are listened on now.
@@ -247,7 +324,15 @@ impl Proxy {
 
     /// What every published port has seen since it was opened.
     pub fn counters(&self) -> Vec<(&Published, PortCounters)> {
-        self.ports.iter().map(|(published, open)| (published, open.port.counters())).collect()
+        self.ports.iter().map(|(published, open)| (published, open.rates.add_to(open.port.counters()))).collect()
+    }
+
+    /// Measures rates over the time since the last call.
+    pub fn measure(&mut self) {
+        let now = Instant::now();
+        for open in self.ports.values_mut() {
+            open.rates.look(&open.port.counts, now);
+        }
     }
 
     /// Closes all listeners, waits for connections to end by themselves, and resets those that haven't within `grace`.
@@ -275,10 +360,25 @@ impl Drop for Proxy {
     }
 }
 
+/// Binds a socket, and has a task listen there.
+fn listen(
+    socket: SocketAddr,
+    is_dual_stack: bool,
+    port: &Arc<Port>,
+    close: &CancellationToken,
+) -> std::io::Result<JoinHandle<()>> {
+    let (its_port, close) = (Arc::clone(port), close.clone());
+    Ok(match port.published.transport {
+        Transport::Tcp => tokio::spawn(listener::run(listener::bind(socket, is_dual_stack)?, its_port, close)),
+        Transport::Udp => tokio::spawn(datagrams::run(datagrams::bind(socket, is_dual_stack)?, its_port, close)),
+    })
+}
+
 /// `[::]` takes IPv4 clients too, but where the same port is wanted on `0.0.0.0` apart.
-fn is_dual_stack(socket: SocketAddr, wanted: &BTreeSet<Published>) -> bool {
+fn is_dual_stack(socket: SocketAddr, transport: Transport, wanted: &BTreeSet<Published>) -> bool {
     let is_other = |other: SocketAddr| other.port() == socket.port() && other.is_ipv4() && other.ip().is_unspecified();
-    socket.ip().is_unspecified() && !wanted.iter().flat_map(Published::sockets).any(is_other)
+    let others = wanted.iter().filter(|published| published.transport == transport);
+    socket.ip().is_unspecified() && !others.flat_map(Published::sockets).any(is_other)
 }
 
 /// Where a snapshot has an instance: the link of its primary interface, and the address to connect to.

@@ -4,11 +4,14 @@
 //! reader that doesn't read stops the writer. Idle connections hold no pipe.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv};
 use nix::unistd::pipe2;
 use socket2::SockRef;
 use tokio::io::Interest;
@@ -61,8 +64,13 @@ impl Pipe {
     /// Moves what the socket has into the pipe; 0 is its end. The pipe must be empty: a full one would look like a
     /// socket that has nothing.
     fn fill(&mut self, from: &TcpStream) -> io::Result<usize> {
+        from.try_io(Interest::READABLE, || self.fill_now(from))
+    }
+
+    /// The same, whether or not the socket is known to have anything.
+    fn fill_now(&mut self, from: &TcpStream) -> io::Result<usize> {
         debug_assert_eq!(self.held, 0);
-        let moved = from.try_io(Interest::READABLE, || splice(from, &self.writer, self.capacity))?;
+        let moved = splice(from, &self.writer, self.capacity)?;
         self.held = moved;
         Ok(moved)
     }
@@ -95,11 +103,6 @@ pub async fn both_ways(
     pipes: &Pipes,
     bytes: [&AtomicU64; 2],
 ) -> io::Result<()> {
-    for side in [client, server] {
-        side.set_nodelay(true)?;
-        // A peer that vanished without a word is found out some day.
-        SockRef::from(side).set_keepalive(true)?;
-    }
     let mut there = Half { from: client, to: server, pipes, pipe: None, bytes: bytes[0] };
     let mut back = Half { from: server, to: client, pipes, pipe: None, bytes: bytes[1] };
     let ended = tokio::select! {
@@ -115,6 +118,27 @@ pub async fn both_ways(
         back.flush();
     }
     ended
+}
+
+/// Whether an urgent byte waits to be read (POLLPRI in tcp(7)). The socket has it in line, or nobody would be woken by it
+/// (kernel: `tcp_poll`).
+fn is_urgent(socket: &TcpStream) -> bool {
+    let mut asked = [PollFd::new(socket.as_fd(), PollFlags::POLLPRI)];
+    poll(&mut asked, PollTimeout::ZERO).is_ok_and(|found| found > 0)
+        && asked[0].revents().is_some_and(|events| events.contains(PollFlags::POLLPRI))
+}
+
+/// Sends bytes however long it takes; how many they were.
+pub async fn send_all(to: &TcpStream, mut bytes: &[u8], send: impl Fn(&[u8]) -> io::Result<usize>) -> io::Result<u64> {
+    let length = bytes.len() as u64;
+    while !bytes.is_empty() {
+        match to.try_io(Interest::WRITABLE, || send(bytes)) {
+            Ok(sent) => bytes = &bytes[sent..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => to.writable().await?,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(length)
 }
 
 /// Waits until a socket has failed. The error stays with it, behind the bytes that came before.
@@ -141,15 +165,38 @@ impl Half<'_> {
         loop {
             // Ready sockets never wait, and others want to run too.
             consume_budget().await;
-            match self.pipe()?.fill(from) {
-                Ok(0) => return self.finish(),
-                Ok(_) => self.drain().await?,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            let filled = self.pipe()?.fill(from);
+            match filled {
+                Ok(1..) => self.drain().await?,
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                // splice(2) stops before an urgent byte for ever (kernel: `tcp_read_sock`), be it that more comes, or
+                // that the end does.
+                _ if is_urgent(from) => self.pass_urgent().await?,
+                Ok(_) => return self.finish(),
+                Err(_) => {
                     self.release();
                     from.readable().await?;
                 }
-                Err(error) => return Err(error),
             }
+        }
+    }
+
+    /// Passes on what comes before an urgent byte, or if that is next, the byte, as an urgent one.
+    async fn pass_urgent(&mut self) -> io::Result<()> {
+        let (from, to) = (self.from, self.to);
+        // Whatever is known of its readiness: only if it has nothing now, the byte is next.
+        if matches!(self.pipe()?.fill_now(from), Ok(1..)) {
+            return self.drain().await;
+        }
+        let mut byte = [0];
+        match recv(from.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) | Err(Errno::EAGAIN | Errno::EINTR) => Ok(()),
+            Ok(_) => {
+                let sent = send_all(to, &byte, |byte| SockRef::from(to).send_out_of_band(byte)).await;
+                self.bytes.fetch_add(sent?, Relaxed);
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
         }
     }
 

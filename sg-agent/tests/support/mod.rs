@@ -73,10 +73,11 @@ fn allowance(traffic: Traffic, network: &str) -> Allowance {
 pub fn snapshot(server: SocketAddr, rules: &Rules) -> Arc<Snapshot> {
     const GROUPS: u32 = 1;
     const ACL: u32 = 2;
-    let port = Traffic::Tcp { from: server.port(), to: server.port() };
+    let (from, to) = (server.port(), server.port());
+    let ports = [Traffic::Tcp { from, to }, Traffic::Udp { from, to }];
     let everywhere = if rules.is_egress_free { vec!["0.0.0.0/0", "::/0"] } else { Vec::new() };
     let groups = GroupSpec {
-        ingress: rules.from.iter().map(|source| allowance(port, source)).collect(),
+        ingress: rules.from.iter().flat_map(|source| ports.map(|port| allowance(port, source))).collect(),
         egress: everywhere.into_iter().map(|network| allowance(Traffic::All, network)).collect(),
     };
     let mut tables = InMemory::default();

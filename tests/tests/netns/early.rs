@@ -1,10 +1,10 @@
 //! Published ports before the handshake: what a denied client sees, and what is left of it on the host.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 
 use serde_json::Value;
-use tests::e2e::{Attempt, Lab, Namespace, Server, Stream, wait_for};
+use tests::e2e::{Attempt, Lab, Namespace, PATIENCE, Server, Stream, wait_for};
 
 const LOCAL4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const LOCAL6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
@@ -42,7 +42,8 @@ fn published(lab: &Lab) -> Value {
     lab.agent.status()["published"][0].clone()
 }
 
-const EVERYBODY: &[&str] = &["tcp 22 0.0.0.0/0", "tcp 22 ::/0"];
+/// Not any source: those connections are tracked.
+const EVERYBODY: &[&str] = &["tcp 22 0.0.0.0/1", "tcp 22 128.0.0.0/1", "tcp 22 ::/1"];
 
 #[test]
 fn denied_clients_time_out_and_leave_nothing_behind() {
@@ -93,6 +94,46 @@ fn only_the_named_links_are_watched() {
     let lab = lab(&["--early-drop", "br0"]);
     Attempt::tcp(lab.world.namespace("a"), lab.addresses("host")[0], PORT).vanishes();
     Attempt::tcp(&lab.world.host, LOCAL4, PORT).is_refused();
+}
+
+#[test]
+fn datagrams_are_denied_early_but_for_flows_that_are_served() {
+    let mut lab = Lab::with(&["a", "b"]).arguments(&["--publish", "i-b:[::]:32022=53/udp"]).start();
+    lab.serve("b", &[53]);
+    fn attempts(lab: &Lab) -> Vec<Attempt<'_>> {
+        let inside = lab.addresses("host").map(|host| Attempt::udp(lab.world.namespace("a"), host, PORT));
+        let local = [LOCAL4, LOCAL6].map(|host| Attempt::udp(&lab.world.host, host, PORT));
+        [inside, local].concat()
+    }
+    super::vanish(attempts(&lab));
+    let counted = published(&lab);
+    assert!(counted["denied_early"].as_u64() >= Some(4), "{counted:#}");
+    assert_eq!(counted["refused"], 0, "{counted:#}");
+    lab.change(|rules| rules.ingress("sg-b", &["udp 53 0.0.0.0/1", "udp 53 ::/1"]));
+    super::pass(attempts(&lab));
+    let client = lab.world.host.run(|| UdpSocket::bind("127.0.0.1:0")).expect("a socket");
+    client.connect((LOCAL4, PORT)).expect("a route");
+    client.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    let echo = |what: &[u8]| {
+        client.send(what).expect("room for a datagram");
+        let mut came = [0; 16];
+        let length = client.recv(&mut came).expect("an echo");
+        assert_eq!(&came[..length], what);
+    };
+    echo(b"one");
+    lab.change(|rules| rules.ingress("sg-b", &[]));
+    // A tracked flow outlives its rule (SG-3.4); a new one is none.
+    echo(b"two");
+    Attempt::udp(&lab.world.host, LOCAL4, PORT).vanishes();
+    assert_eq!(published(&lab)["refused"], 0);
+}
+
+#[test]
+fn clients_of_trusted_balancers_are_not_denied_early() {
+    let lab = lab(&["--trust-proxy", "10.0.1.10"]);
+    // The balancer itself may not come in, but those for whom it speaks may.
+    Attempt::tcp(&lab.world.host, LOCAL4, PORT).is_refused();
+    assert_eq!(published(&lab)["denied_early"], 0);
 }
 
 #[test]
