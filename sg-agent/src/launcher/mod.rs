@@ -200,6 +200,8 @@ pub fn start(
         reboot: BTreeSet::new(),
         workers: BTreeMap::new(),
         failed: BTreeMap::new(),
+        starts: BTreeMap::new(),
+        ended: BTreeSet::new(),
         tasks: JoinSet::new(),
         launches: Vec::new(),
         tagging: None,
@@ -310,8 +312,25 @@ struct Failed {
 /// The first and the longest pause before an instance is tried again.
 const BACK_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
-/// Of a worker; the interfaces that it saw to.
-type Outcome = (InstanceId, Goal, Result<Vec<EniId>, LaunchError>);
+/// What a worker has done.
+struct Done {
+    /// The interfaces that it saw to.
+    enis: Vec<EniId>,
+    /// Whether it started the instance's own container.
+    started: bool,
+}
+
+type Outcome = (InstanceId, Goal, Result<Done, LaunchError>);
+
+/// The last start of an instance's own container.
+struct Start {
+    at: Instant,
+    /// If it ends by itself, it is started again so long after that.
+    pause: Duration,
+}
+
+/// A container that ran so long didn't fail to start.
+const STEADY: Duration = Duration::from_secs(120);
 
 struct Launcher {
     context: Arc<Context>,
@@ -324,6 +343,9 @@ struct Launcher {
     reboot: BTreeSet<InstanceId>,
     workers: BTreeMap<InstanceId, Worker>,
     failed: BTreeMap<InstanceId, Failed>,
+    starts: BTreeMap<InstanceId, Start>,
+    /// Instances whose containers ended by themselves.
+    ended: BTreeSet<InstanceId>,
     tasks: JoinSet<Outcome>,
     launches: Vec<Launch>,
     /// The tags that are being written.
@@ -394,10 +416,20 @@ impl Launcher {
             }
             stays
         });
+        let has_ended = |instance: &InstanceId| {
+            // Without its holder it was ended, by whatever ended that.
+            let units = seen.ours.get(instance).filter(|units| units.holder.as_ref().is_some_and(|unit| unit.running));
+            units.and_then(|units| units.own.as_ref()).is_some_and(|own| !own.running)
+                && self.starts.contains_key(instance)
+        };
+        let ended = due.iter().filter(|(instance, goal)| **goal == Goal::Run && has_ended(instance));
+        self.ended = ended.map(|(instance, _)| instance.clone()).collect();
         self.failed.retain(|instance, failed| due.get(instance) == Some(&failed.goal));
         let taken: Arc<BTreeSet<Ipv4Addr>> = Arc::new(self.addresses());
         for (instance, goal) in due {
-            let waits = self.failed.get(&instance).is_some_and(|failed| failed.again > Instant::now());
+            let is_soon = |start: &Start| start.at.elapsed() < start.pause;
+            let waits = self.failed.get(&instance).is_some_and(|failed| failed.again > Instant::now())
+                || (self.ended.contains(&instance) && self.starts.get(&instance).is_some_and(is_soon));
             if waits || self.workers.contains_key(&instance) {
                 continue;
             }
@@ -408,7 +440,7 @@ impl Launcher {
             let task = self.tasks.spawn(async move {
                 let result = context.work(&engine, &job).await;
                 let enis = job.launch.iter().flat_map(Launch::enis).cloned().collect();
-                (job.instance, job.goal, result.map(|()| enis))
+                (job.instance, job.goal, result.map(|started| Done { enis, started }))
             });
             self.workers.insert(instance, Worker { goal, step, task });
         }
@@ -428,6 +460,7 @@ impl Launcher {
         let is_live = |instance: &InstanceId| live.contains(instance) || seen.ours.contains_key(instance);
         self.ports.keep(is_live);
         self.looked_into.retain(|instance, _| is_live(instance));
+        self.starts.retain(|instance, _| is_live(instance));
     }
 
     /// Once the last instance of a VPC is gone, so is its network.
@@ -480,11 +513,18 @@ impl Launcher {
             self.workers.remove(&instance);
         }
         match result {
-            Ok(enis) => {
+            Ok(Done { enis, started }) => {
                 self.failed.remove(&instance);
+                if started {
+                    let last = self.starts.get(&instance).filter(|last| last.at.elapsed() < STEADY);
+                    let pause = last.map_or(BACK_OFF.0, |last| (last.pause * 2).min(BACK_OFF.1));
+                    self.starts.insert(instance.clone(), Start { at: Instant::now(), pause });
+                }
                 match goal {
                     Goal::Gone => self.to_sweep = true,
-                    Goal::Stop => {}
+                    Goal::Stop => {
+                        self.starts.remove(&instance);
+                    }
                     Goal::Run | Goal::Reboot => {
                         self.looked_into.insert(instance, enis);
                     }
@@ -531,11 +571,17 @@ impl Launcher {
                 Goal::Gone => format!("can't be removed: {}", failed.error),
             },
         });
+        let ended = self.ended.iter().map(|instance| Warning {
+            subject: instance.to_string(),
+            problem: format!(
+                "its container ended by itself, and is started again; 'docker logs sg-agent-{instance}' may tell why"
+            ),
+        });
         let untagged = self.untagged.iter().map(|error| Warning {
             subject: "tags".to_owned(),
             problem: format!("ports are not told by tags: {error}"),
         });
-        self.state.warnings = failed.chain(untagged).chain(self.ports.warnings()).collect();
+        self.state.warnings = failed.chain(ended).chain(untagged).chain(self.ports.warnings()).collect();
         self.state.warnings.sort();
         let state = &self.state;
         self.tell.send_if_modified(|told| {
