@@ -41,8 +41,8 @@ pub fn check(inventory: &Inventory) {
         let is_own = |eni| inventory.enis.get(eni).is_some_and(|eni| eni.instance.as_ref() == Some(id));
         assert!(instance.enis.iter().all(is_own), "{id} has another's interface");
     }
-    for (one, other) in &inventory.peerings {
-        assert!(one <= other && !one.0.is_empty(), "a peering of {one:?} and {other:?}");
+    for peering in &inventory.peerings {
+        assert!(peering.one <= peering.other && !peering.one.vpc.0.is_empty(), "{peering:?}");
     }
 }
 
@@ -54,6 +54,7 @@ fn rules(inventory: &Inventory, rules: &[Rule]) {
             Peer::Ipv4(network) => network.trunc() == *network,
             Peer::Ipv6(network) => network.trunc() == *network,
             Peer::Group(group) => inventory.groups.contains_key(group),
+            Peer::ForeignGroup { account, group } => !account.is_empty() && !group.0.is_empty(),
             Peer::PrefixList(list) => inventory.prefix_lists.contains_key(list),
         };
         assert!(is_valid, "the peer of {rule:?}");

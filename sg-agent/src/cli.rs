@@ -1,7 +1,7 @@
 //! The command line: what each option is called, means and defaults to. Raw arguments only; `main` makes the
 //! daemon's options of them.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 
 use crate::discovery::AttachSpec;
+use crate::early::EarlyDrop;
 use crate::exempt::Service;
 use crate::explain::Party;
 use crate::launcher::{ImageSpec, parse_range};
@@ -74,6 +75,17 @@ pub struct RunArgs {
     /// Seconds between two polls of the endpoint
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds, help_heading = "Rules")]
     pub poll_interval: Duration,
+    /// Where clients reach the endpoint through the agent, so that a change is enforced when they have its answer
+    /// [default: 127.0.0.1:4566, where the endpoint is an emulator]
+    #[arg(long, value_name = "ADDR:PORT", conflicts_with_all = ["rules", "no_gateway"], help_heading = "Gateway")]
+    pub gateway: Option<SocketAddr>,
+    /// No gateway: changes are noticed by polling
+    #[arg(long, help_heading = "Gateway")]
+    pub no_gateway: bool,
+    /// Seconds that the answer to a change waits until it is enforced; then it passes with a header that says so
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds, help_heading = "Gateway")]
+    pub commit_timeout: Duration,
+
     /// Don't give an emulator's default groups the rule that AWS's have (all traffic from themselves)
     #[arg(long, help_heading = "Rules")]
     pub no_default_self_rule: bool,
@@ -85,8 +97,19 @@ pub struct RunArgs {
     #[arg(long, value_name = "INSTANCE_ID=LINK[,ip=ADDR][,mac=MAC][,eni=ENI]", help_heading = "Instances")]
     pub attach: Vec<AttachSpec>,
     /// Publish an instance's port on the host; the client's own address is checked at each connection (repeatable)
-    #[arg(long, value_name = "INSTANCE_ID:[ADDR:]HOST_PORT=PORT", help_heading = "Instances")]
+    #[arg(long, value_name = "INSTANCE_ID:[ADDR:]HOST_PORT=PORT[/udp]", help_heading = "Published ports")]
     pub publish: Vec<PublishSpec>,
+    /// What denied clients of published ports see: nothing, so that they time out, or a refused connection (TCP)
+    #[arg(long, value_enum, default_value_t = Deny::Drop, help_heading = "Published ports")]
+    pub deny: Deny,
+    /// Where they are denied before the handshake: 'auto' is every link by which a published port is reached, 'off'
+    /// leaves it to the proxy, which resets them after it
+    #[arg(long, value_name = "auto|off|LINK[,LINK]", default_value = "auto", help_heading = "Published ports")]
+    pub early_drop: EarlyDrop,
+
+    /// Seconds that a connection to a published port waits for rules that may be out of date to be read anew
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds, help_heading = "Instances")]
+    pub fresh_timeout: Duration,
 
     /// Make a container of every instance that the endpoint has: for emulators that only keep book, as Moto
     #[arg(long, conflicts_with_all = ["rules", "no_docker"], help_heading = "Launching")]
@@ -110,6 +133,11 @@ pub struct RunArgs {
     /// Whether an instance without a security group may do everything or nothing
     #[arg(long, value_enum, default_value_t = NoGroup::Allow, help_heading = "Semantics")]
     pub no_group: NoGroup,
+    /// What holds for an instance that the control plane doesn't know, or no longer, or can't be asked about: 'deny'
+    /// denies it everything; 'last' lets the last policy stand and denies what was never known; 'allow' lets the last
+    /// policy stand and allows everything to what was never known
+    #[arg(long, value_enum, default_value_t = Unknown::Last, help_heading = "Semantics")]
+    pub unknown: Unknown,
     /// Whether ICMP errors about tracked flows pass by themselves, or need a rule
     #[arg(long, value_enum, default_value_t = IcmpErrors::Related, help_heading = "Semantics")]
     pub icmp_errors: IcmpErrors,
@@ -143,6 +171,15 @@ pub enum OnRevoke {
     Cut,
 }
 
+/// SG-7.1.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Deny {
+    /// As AWS does.
+    Drop,
+    /// As a closed port does.
+    Reject,
+}
+
 /// SG-2.5.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum NoGroup {
@@ -150,6 +187,17 @@ pub enum NoGroup {
     Allow,
     /// Everything is denied.
     Deny,
+}
+
+/// What isn't known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Unknown {
+    /// It is denied everything.
+    Deny,
+    /// The last that was known.
+    Last,
+    /// The last that was known, or everything.
+    Allow,
 }
 
 /// SG-3.7.
@@ -186,8 +234,8 @@ pub struct PortsArgs {
 /// `sg-agent explain`.
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
-    /// The instance whose rules are asked
-    #[arg(long, value_name = "INSTANCE")]
+    /// The instance whose rules are asked, at its primary interface; or one of its interfaces
+    #[arg(long, value_name = "INSTANCE|ENI")]
     pub to: InstanceId,
     /// Where the packet comes from: an address, or another instance, whose egress rules are asked too
     #[arg(long, value_name = "ADDR|INSTANCE", value_parser = party)]

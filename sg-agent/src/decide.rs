@@ -8,12 +8,11 @@
 
 use std::net::IpAddr;
 
-use sg_common::abi::{self, Binding, Direction, Interface};
-use sg_common::policy::{Match, Query, Tables, acl_allows, find};
+use sg_common::abi::Direction;
+use sg_common::policy::{Match, Query, Tables as _, begins};
 use sg_common::verdict::{Drop, Pass, Verdict};
 
-use crate::apply::Snapshot;
-use crate::tables::InMemory;
+use crate::apply::{Enforced, Snapshot};
 
 /// What becomes of a flow that begins.
 #[must_use]
@@ -42,68 +41,14 @@ pub fn admits(
     protocol: u8,
     port: u16,
 ) -> Decision {
-    let Some(enforced) = snapshot.interfaces.get(&ifindex) else { return Decision::UNKNOWN };
+    let Some(Enforced { entry: interface, .. }) = snapshot.interfaces.get(&ifindex) else { return Decision::UNKNOWN };
     let peer = peer.to_canonical().into();
-    let query = Query { peer: &peer, protocol, port };
-    Crossing { tables: &snapshot.tables, interface: &enforced.entry, direction, query }.decide()
-}
-
-/// The first packet of a flow at one interface.
-struct Crossing<'a> {
-    tables: &'a InMemory,
-    interface: &'a Interface,
-    direction: Direction,
-    query: Query<'a>,
-}
-
-impl Crossing<'_> {
-    /// On the way in the ACL comes first, on the way out last (SG-5.2); the reason is that of the first to deny.
-    fn decide(&self) -> Decision {
-        let (matched, by_rules) = self.by_rules();
-        let verdict = match self.direction {
-            Direction::Ingress => self.by_acl().and(by_rules),
-            Direction::Egress => {
-                let judged = by_rules.and_then(|pass| self.by_acl().and(Ok(pass)));
-                if judged.is_err() && self.is_exempt() { Ok(Pass::Exempt) } else { judged }
-            }
-        };
-        Decision { verdict, matched }
-    }
-
-    /// The groups' rules: allowed or not, and if allowed, tracked or not (SG-2.1, SG-3.2).
-    fn by_rules(&self) -> (Match, Verdict) {
-        let groups = self.tables.binding(self.interface.groups);
-        let here = abi::table(groups.policy, self.direction);
-        let there = abi::table(groups.policy, self.direction.reverse());
-        let (Some(forth), Some(back)) = (self.tables.policy(here), self.tables.policy(there)) else {
-            return (Match::None, Err(missing(groups)));
-        };
-        let matched = find(self.tables, here, &forth, self.interface.vpc, &self.query);
-        let free = abi::free_replies(self.query.peer.is_v4(), self.query.protocol);
-        let verdict = match matched {
-            Match::None => Err(Drop::NoRule),
-            Match::Any if back.flags & free != 0 => Ok(Pass::Untracked),
-            Match::Any | Match::Narrow => Ok(Pass::New),
-        };
-        (matched, verdict)
-    }
-
-    fn by_acl(&self) -> Result<(), Drop> {
-        let acl = self.interface.acl;
-        let is_allowed =
-            acl == 0 || acl_allows(self.tables, self.interface, self.tables.binding(acl), self.direction, &self.query);
-        if is_allowed { Ok(()) } else { Err(Drop::Acl) }
-    }
-
-    /// Services that nothing filters (SG-4.1).
-    fn is_exempt(&self) -> bool {
-        self.tables.is_exempt(self.interface.vpc, self.query.peer, self.query.protocol, self.query.port)
-    }
-}
-
-/// Why there is no table. Policy 0 is that of those who have none; the kernel's is there, and empty.
-fn missing(groups: Binding) -> Drop {
-    if groups.policy == 0 { Drop::NoRule } else { Drop::Inconsistent }
+    let (matched, verdict) = begins(&snapshot.tables, interface, direction, &Query { peer: &peer, protocol, port });
+    // Services that nothing filters (SG-4.1).
+    let is_exempt = || snapshot.tables.is_exempt(interface.vpc, &peer, protocol, port);
+    let verdict =
+        if verdict.is_err() && direction == Direction::Egress && is_exempt() { Ok(Pass::Exempt) } else { verdict };
+    Decision { verdict, matched }
 }
 
 #[cfg(test)]
@@ -112,17 +57,16 @@ mod tests {
     use std::sync::Arc;
 
     use ipnet::IpNet;
-    use sg_common::abi::NOWHERE;
+    use sg_common::abi::{self, Binding, NOWHERE};
     use sg_common::addr::Address;
     use sg_common::packet::{ICMP, TCP, UDP};
 
     use super::*;
-    use crate::apply::Enforced;
     use crate::compile::compile;
     use crate::exempt::Service;
     use crate::model::{GroupId, InstanceId, Peer, RuleId, Scope, Traffic};
     use crate::resolve::{self, AclRules, AclSpec, Allowance, GroupSpec, Peers, PolicyKey, Spec};
-    use crate::tables;
+    use crate::tables::{self, InMemory};
 
     const LINK: u32 = 7;
     const VPC: u32 = 3;
@@ -173,6 +117,7 @@ mod tests {
             vpc: VPC,
             mac: [2, 0, 0, 0, 0, 7],
             addresses: vec!["10.0.1.7".parse().unwrap()],
+            prefixes: Vec::new(),
             subnet_number: None,
             subnet: vec!["10.0.1.0/24".parse().unwrap()],
             source_dest_check: true,
@@ -254,8 +199,8 @@ mod tests {
         (allowance.peer, allowance.peers) = (Peer::Group(GroupId::from("sg-web")), Peers::Group(WEB));
         let mut snapshot = ingress(vec![allowance]);
         let member = tables::member(&resolve::Membership { groups: BTreeSet::from([WEB]), subnet: None }).unwrap();
-        snapshot.tables.members.insert((VPC, "10.0.1.8".parse().unwrap()), member);
-        snapshot.tables.members.insert((VPC + 1, "10.0.1.9".parse().unwrap()), member);
+        snapshot.tables.members.insert((VPC, "10.0.1.8/32".parse().unwrap()), member);
+        snapshot.tables.members.insert((VPC + 1, "10.0.1.9/32".parse().unwrap()), member);
         check(&snapshot, Direction::Ingress, "10.0.1.8", TCP, 3306, Ok(Pass::New));
         check(&snapshot, Direction::Ingress, "10.0.1.9", TCP, 3306, Err(Drop::NoRule));
     }

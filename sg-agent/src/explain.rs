@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 use sg_common::abi::{Direction, HAS_RULES};
 use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
+use sg_common::policy::Tables as _;
 use sg_common::verdict::Drop;
 
 use crate::apply::{Enforced, Snapshot};
@@ -19,7 +20,7 @@ use crate::resolve::{Allowance, PolicyKey, Spec};
 /// What is asked.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Query {
-    /// The instance whose interface is looked at.
+    /// The instance whose primary interface is looked at, or the id of one of its interfaces.
     pub instance: InstanceId,
     /// The other side.
     pub peer: Party,
@@ -141,9 +142,15 @@ pub fn explain(snapshot: &Snapshot, query: &Query) -> Result<Explanation, Explai
     Ok(Explanation { allowed: gates.iter().all(|gate| gate.allowed), gates, kernel_disagrees: false })
 }
 
+/// An instance's primary interface, or the one with this id.
 fn interface_of<'a>(snapshot: &'a Snapshot, instance: &InstanceId) -> Result<(u32, &'a Enforced), ExplainError> {
-    let found = snapshot.interfaces.iter().find(|(_, enforced)| enforced.interface.instance == *instance);
-    found.map(|(&ifindex, enforced)| (ifindex, enforced)).ok_or_else(|| ExplainError::NotAttached(instance.clone()))
+    let primary = snapshot.interfaces_of(instance).first().copied();
+    let found = primary.or_else(|| {
+        let is_it = |enforced: &Enforced| enforced.interface.eni.as_ref().is_some_and(|eni| eni.0 == instance.0);
+        let by_eni = snapshot.interfaces.iter().find(|(_, enforced)| is_it(enforced));
+        by_eni.map(|(&ifindex, enforced)| (ifindex, enforced))
+    });
+    found.ok_or_else(|| ExplainError::NotAttached(instance.clone()))
 }
 
 fn address_of(enforced: &Enforced) -> Option<IpAddr> {
@@ -162,11 +169,8 @@ fn gate(snapshot: &Snapshot, at: (u32, &Enforced), direction: Direction, peer: I
     let rules = rules(snapshot, &interface.policy, direction);
     let vpc = interface.vpc;
     let is_member = |address: IpAddr, group: u32| {
-        snapshot
-            .tables
-            .members
-            .get(&(vpc, address))
-            .is_some_and(|member| member.groups.iter().take(member.count as usize).any(|&its| its == group))
+        let member = snapshot.tables.member(vpc, &address.into());
+        member.is_some_and(|member| member.groups.iter().take(member.count as usize).any(|&its| its == group))
     };
     let allowing = oracle::allowing(rules, &is_member, &question);
     let reason = verdict.err().map(|drop| reason(snapshot, enforced, direction, drop));
@@ -233,7 +237,7 @@ fn same_family(peer: &Peer, address: IpAddr) -> bool {
     match peer {
         Peer::Ipv4(_) => address.is_ipv4(),
         Peer::Ipv6(_) => address.is_ipv6(),
-        Peer::Group(_) | Peer::PrefixList(_) => true,
+        Peer::Group(_) | Peer::ForeignGroup { .. } | Peer::PrefixList(_) => true,
     }
 }
 
@@ -255,6 +259,7 @@ impl RuleText {
                 Peer::Ipv4(network) => network.to_string(),
                 Peer::Ipv6(network) => network.to_string(),
                 Peer::Group(group) => group.to_string(),
+                Peer::ForeignGroup { account, group } => format!("{account}/{group}"),
                 Peer::PrefixList(list) => list.to_string(),
             },
         }

@@ -1,7 +1,7 @@
 //! sg-agent: EC2 security groups, enforced by the kernel.
 //!
 //! A rule's way: [`source`] (R1) -> [`model`] (R2) -> [`resolve`] (R3) -> [`compile`] (R4) -> [`apply`] (R5).
-//! The daemon drives it; the proxy and `explain` decide over what was applied.
+//! The daemon drives it; the [`gateway`] has it wait for a change; the proxy and `explain` decide over what was applied.
 
 pub mod apply;
 pub mod cli;
@@ -11,8 +11,10 @@ pub mod daemon;
 pub mod datapath;
 pub mod decide;
 pub mod discovery;
+pub mod early;
 pub mod exempt;
 pub mod explain;
+pub mod gateway;
 pub mod launcher;
 pub mod live;
 pub mod model;

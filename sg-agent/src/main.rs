@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use clap::Parser as _;
 use sg_agent::cli::{
-    Cli, Command, DetachArgs, ExplainArgs, IcmpErrors, NoGroup, OnRevoke, PortsArgs, RunArgs, StatusArgs,
+    Cli, Command, Deny, DetachArgs, ExplainArgs, IcmpErrors, NoGroup, OnRevoke, PortsArgs, RunArgs, StatusArgs, Unknown,
 };
 use sg_agent::conntrack_settings::timeouts;
 use sg_agent::daemon::{self, LockError, NotRunning, Options, Origins, Places, Reply, Request, ask};
@@ -15,7 +15,7 @@ use sg_agent::datapath::Pins;
 use sg_agent::exempt::Service;
 use sg_agent::source::Ec2Options;
 use sg_agent::status::PublishedPort;
-use sg_agent::{discovery, explain, launcher, render, resolve};
+use sg_agent::{discovery, explain, gateway, launcher, proxy, render, resolve};
 use sg_common::abi::{CUT_ON_REVOKE, Config, RELATED_ERRORS};
 use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 
@@ -94,8 +94,21 @@ fn options(places: Places, args: RunArgs) -> Result<Options> {
         origins,
         discovery: discovery::Options { docker: !args.no_docker, attach: args.attach, ..Default::default() },
         publish: args.publish,
+        deny: if args.deny == Deny::Reject { proxy::Deny::Reject } else { proxy::Deny::Drop },
+        early_drop: args.early_drop,
         poll_interval: args.poll_interval,
-        resolve: resolve::Settings { deny_without_group: args.no_group == NoGroup::Deny, exempt },
+        gateway: (!args.no_gateway)
+            .then_some(gateway::Options { address: args.gateway, commit_timeout: args.commit_timeout }),
+        fresh_timeout: args.fresh_timeout,
+        resolve: resolve::Settings {
+            deny_without_group: args.no_group == NoGroup::Deny,
+            unknown: match args.unknown {
+                Unknown::Deny => resolve::Unknown::Deny,
+                Unknown::Last => resolve::Unknown::Last,
+                Unknown::Allow => resolve::Unknown::Allow,
+            },
+            exempt,
+        },
         config: Config {
             timeouts: timeouts(args.tcp_established_timeout, args.udp_stream_timeout, args.udp_timeout),
             flags: cut | related,

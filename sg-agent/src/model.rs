@@ -10,8 +10,10 @@ use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
+use sg_common::abi::DELEGATED_LENGTH;
 
 mod cidr;
+mod lost;
 mod peer;
 mod traffic;
 
@@ -83,6 +85,8 @@ pub struct Inventory {
     pub enis: BTreeMap<EniId, Eni>,
     /// Instances that are not terminated.
     pub instances: BTreeMap<InstanceId, Instance>,
+    /// Those that are.
+    pub terminated: BTreeSet<InstanceId>,
     /// Managed prefix lists that rules refer to, at their latest version.
     pub prefix_lists: BTreeMap<PrefixListId, PrefixList>,
     /// VPCs and their primary IPv4 networks.
@@ -91,8 +95,8 @@ pub struct Inventory {
     pub subnets: BTreeMap<SubnetId, Subnet>,
     /// Network ACLs.
     pub acls: BTreeMap<AclId, NetworkAcl>,
-    /// Pairs of VPCs with an active peering connection, the smaller id first.
-    pub peerings: BTreeSet<(VpcId, VpcId)>,
+    /// Active peering connections.
+    pub peerings: BTreeSet<Peering>,
     /// What was left out, and why.
     pub warnings: Vec<Warning>,
 }
@@ -184,10 +188,44 @@ pub enum Peer {
     Ipv4(Ipv4Net),
     /// An IPv6 network, canonical.
     Ipv6(Ipv6Net),
-    /// The members of a group (SG-1.9).
+    /// The members of a group of the same account (SG-1.9).
     Group(GroupId),
+    /// The members of another account's group, across a peering connection (SG-1.12).
+    ForeignGroup {
+        /// The account that owns it.
+        account: Arc<str>,
+        /// The group.
+        group: GroupId,
+    },
     /// A managed prefix list (SG-1.8).
     PrefixList(PrefixListId),
+}
+
+/// Two VPCs with an active peering connection.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Peering {
+    /// The smaller end.
+    pub one: PeeredVpc,
+    /// The other end.
+    pub other: PeeredVpc,
+}
+
+impl Peering {
+    /// The same whichever end is named first.
+    pub fn between(one: PeeredVpc, other: PeeredVpc) -> Self {
+        if one <= other { Self { one, other } } else { Self { one: other, other: one } }
+    }
+}
+
+/// One end of a peering connection.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct PeeredVpc {
+    /// The VPC.
+    pub vpc: VpcId,
+    /// The account that owns it, if the source says.
+    pub account: Option<Arc<str>>,
+    /// Its region, if the source says.
+    pub region: Option<Arc<str>>,
 }
 
 /// A network interface.
@@ -221,6 +259,11 @@ impl Eni {
         let listed = self.prefixes.iter().filter(|prefix| is_listed(prefix));
         let delegated = listed.flat_map(|prefix| prefix.subnets(prefix.max_prefix_len()).into_iter().flatten());
         self.addresses.iter().copied().chain(delegated.map(|address| address.network()))
+    }
+
+    /// Whether EC2 delegates prefixes such as this one and the tables can hold it: an IPv6 one of 80 bits.
+    pub fn is_delegable(prefix: &IpNet) -> bool {
+        matches!(prefix, IpNet::V6(prefix) if prefix.prefix_len() == DELEGATED_LENGTH)
     }
 
     /// Delegated prefixes whose addresses are too many to be listed.

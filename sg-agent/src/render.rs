@@ -32,14 +32,16 @@ pub fn status(status: &Status) -> String {
     text.push('\n');
     text += &interfaces(&status.interfaces);
     if !status.published.is_empty() {
-        let mut table = table(&["HOST PORT", "INSTANCE", "PORT", "ACCEPTED", "REFUSED", "FAILED", "ACTIVE"]);
+        let mut table =
+            table(&["HOST PORT", "INSTANCE", "PORT", "ACCEPTED", "REFUSED", "DENIED EARLY", "FAILED", "ACTIVE"]);
         for port in &status.published {
             table.add_row([
                 port.host_port.to_string(),
                 clean(&port.instance),
-                port.port.to_string(),
+                if port.protocol == "udp" { format!("{}/udp", port.port) } else { port.port.to_string() },
                 port.accepted.to_string(),
                 port.refused.to_string(),
+                port.denied_early.to_string(),
                 port.failed.to_string(),
                 port.active.to_string(),
             ]);

@@ -8,6 +8,7 @@ use sg_common::verdict::{Drop, Pass};
 
 use crate::apply::{Snapshot, Usage};
 use crate::datapath::Maps;
+use crate::gateway::GatewayStatus;
 use crate::model::Warning;
 use crate::proxy::PortCounters;
 use crate::resolve::{PolicyKey, Spec};
@@ -31,6 +32,9 @@ pub struct Status {
     pub interfaces: Vec<InterfaceStatus>,
     /// Published ports.
     pub published: Vec<PortCounters>,
+    /// The gateway to the endpoint, if there is one.
+    #[serde(default)]
+    pub gateway: Option<GatewayStatus>,
     /// What the rule maps hold.
     pub usage: Usage,
     /// And could hold.
@@ -51,6 +55,8 @@ pub struct Report {
     pub sources: Vec<SourceStatus>,
     /// Published ports.
     pub published: Vec<PortCounters>,
+    /// The gateway.
+    pub gateway: Option<GatewayStatus>,
     /// See [`Status::warnings`].
     pub warnings: BTreeSet<Warning>,
     /// See [`Status::problems`].
@@ -150,7 +156,7 @@ impl From<Count> for Counter {
 impl Status {
     /// Puts it together.
     pub fn new(snapshot: &Snapshot, maps: &Maps, report: Report) -> Self {
-        let Report { sources, published, warnings, mut problems, refused, flows } = report;
+        let Report { sources, published, gateway, warnings, mut problems, refused, flows } = report;
         let enis: Vec<u32> = snapshot.interfaces.values().map(|enforced| enforced.entry.eni).collect();
         let counters = maps.counters(&enis).unwrap_or_else(|error| {
             problems.push(format!("cannot read the counters: {error}"));
@@ -213,6 +219,7 @@ impl Status {
             problems,
             sources,
             published,
+            gateway,
             usage: snapshot.usage,
             capacity: Usage::CAPACITY,
             refused_changes: refused,

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use sg_common::abi::{Binding, Config, Direction, GROUPS_PER_MEMBER, Member, Policy};
+use sg_common::abi::{Binding, Config, DELEGATED, DELEGATED_LENGTH, Direction, GROUPS_PER_MEMBER, Member, Policy};
 use sg_common::addr::Address;
 use sg_common::policy::Tables;
 
@@ -22,8 +22,8 @@ pub struct InMemory {
     pub bindings: HashMap<u32, Binding>,
     /// The policies behind them, by number.
     pub policies: HashMap<u32, Arc<Compiled>>,
-    /// `MEMBERS`.
-    pub members: BTreeMap<(u32, IpAddr), Member>,
+    /// `MEMBERS`, by VPC and address or delegated prefix.
+    pub members: BTreeMap<(u32, IpNet), Member>,
     /// `EXEMPT`.
     pub exempt: BTreeSet<(u32, Service)>,
 }
@@ -102,11 +102,15 @@ impl Tables for InMemory {
         self.table(table).and_then(|table| table.references.get(&group)).copied().unwrap_or(0)
     }
 
-    fn member(&self, vpc: u32, peer: &Address) -> Option<&Member> {
-        self.members.get(&(vpc, IpAddr::from(*peer)))
+    fn membership(&self, vpc: u32, address: &Address) -> Option<&Member> {
+        let mut place = IpNet::from(IpAddr::from(*address));
+        if vpc & DELEGATED != 0 {
+            place = IpNet::new(place.addr(), DELEGATED_LENGTH).ok()?;
+        }
+        self.members.get(&(vpc & !DELEGATED, place))
     }
 
-    fn is_secondary(&self, _eni: u32, _address: &Address) -> bool {
+    fn has_own(&self, _eni: u32, _address: &Address) -> bool {
         // Own addresses are the guard's, which nobody runs over these tables; to own too little is the closed side.
         false
     }

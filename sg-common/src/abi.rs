@@ -6,7 +6,7 @@
 use crate::addr::Address;
 
 /// The version of everything in this module. Bump it with every change of a type, a map or a number's meaning.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// Interfaces that one agent can hold (the norm's 1,000 instances, with room for second interfaces).
 pub const MAX_INTERFACES: u32 = 2_048;
@@ -34,6 +34,10 @@ pub const MAX_FLOWS: u32 = 262_144;
 pub const MAX_FRAGMENTS: u32 = 8_192;
 /// (interface, direction, reason) triples that are counted.
 pub const MAX_COUNTERS: u32 = 65_536;
+/// Sockets of published ports: one for each address that a port is reached by.
+pub const MAX_PUBLISHED: u32 = 16_384;
+/// Published ports whose denied packets are counted.
+pub const MAX_PUBLISHED_PORTS: u32 = 4_096;
 /// Groups that one address can be in: AWS's highest quota (SG-1.14).
 pub const GROUPS_PER_MEMBER: usize = 16;
 
@@ -201,18 +205,24 @@ pub struct ReferenceKey {
 }
 const _: () = assert!(size_of::<ReferenceKey>() == 8);
 
+/// The length of the IPv6 prefixes that EC2 delegates to interfaces.
+pub const DELEGATED_LENGTH: u8 = 80;
+/// In the number of a [`MemberKey`] or [`OwnKey`]: the entry is of a delegated IPv6 prefix, and the address its first
+/// one. A hash holds both that way; no number comes near.
+pub const DELEGATED: u32 = 1 << 31;
+
 /// Key of the map `MEMBERS`.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct MemberKey {
-    /// The VPC from which the address is seen.
+    /// The VPC from which the address is seen; with [`DELEGATED`], a prefix.
     pub vpc: u32,
     /// A private address of a group's member.
     pub address: Address,
 }
 const _: () = assert!(size_of::<MemberKey>() == 20);
 
-/// The groups that an address is in, as far as any rule refers to them, and its subnet if that has an ACL. One write
+/// The groups that an address (or delegated prefix) is in, as far as any rule refers to them, and its subnet if that has an ACL. One write
 /// changes a membership for every policy at once.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -226,11 +236,11 @@ pub struct Member {
 }
 const _: () = assert!(size_of::<Member>() == 8 + 4 * GROUPS_PER_MEMBER);
 
-/// Key of the map `SECONDARIES`: an interface's own address that is not a primary one. Its value is 1.
+/// Key of the map `SECONDARIES`: an interface's own address that is not a primary one, or its delegated prefix. Its value is 1.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct OwnKey {
-    /// The interface's number.
+    /// The interface's number; with [`DELEGATED`], the address is a prefix.
     pub eni: u32,
     /// The address.
     pub address: Address,
@@ -253,6 +263,39 @@ pub struct ExemptKey {
     pub pad: u8,
 }
 const _: () = assert!(size_of::<ExemptKey>() == 24);
+
+/// Key of the map `PUBLISHED`: where clients reach a published port.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub struct PublishedKey {
+    /// An address of this host, never an unspecified one: what is only forwarded here is nobody's published port.
+    pub address: Address,
+    /// The host's port.
+    pub port: u16,
+    /// TCP or UDP.
+    pub protocol: u8,
+    /// Zero.
+    pub pad: u8,
+}
+const _: () = assert!(size_of::<PublishedKey>() == 20);
+
+/// A published port. Map `PUBLISHED`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct PublishedPort {
+    /// The link of the instance's interface, by which `INTERFACES` knows it; 0 while it has none.
+    pub link: u32,
+    /// Where its denied packets are counted in `DENIED`; however many addresses a port has, it has one number.
+    pub number: u32,
+    /// The instance's port, which its rules are about.
+    pub port: u16,
+    /// [`REJECT`].
+    pub flags: u16,
+}
+const _: () = assert!(size_of::<PublishedPort>() == 12);
+
+/// Flag of [`PublishedPort`]: denied TCP clients are reset; otherwise their packets vanish (SG-7.1).
+pub const REJECT: u16 = 1;
 
 /// Key of the map `FLOWS`: one flow of one interface, the same for both directions.
 #[repr(C)]
@@ -289,31 +332,37 @@ pub struct Flow {
     pub acl: u32,
     /// [`Config::world`] when it was last judged.
     pub world: u32,
+    /// TCP, with [`ACKNOWLEDGED`]: how far the instance has acknowledged what it received, roughly.
+    pub acknowledged: u32,
+    /// [`ORIGIN_EGRESS`] and the other flags of a flow.
+    pub flags: u16,
     /// A [`crate::conntrack::State`].
     pub state: u8,
-    /// [`ORIGIN_EGRESS`] and the other flags of a flow.
-    pub flags: u8,
     /// Zero.
-    pub pad: u16,
+    pub pad: [u8; 5],
 }
-const _: () = assert!(size_of::<Flow>() == 24);
+const _: () = assert!(size_of::<Flow>() == 32);
 
 /// Flag of [`Flow`]: the instance began it.
-pub const ORIGIN_EGRESS: u8 = 1;
+pub const ORIGIN_EGRESS: u16 = 1;
 /// Flag of [`Flow`]: the ACL was asked about its ingress in this epoch, and allows it.
-pub const ACL_INGRESS: u8 = 2;
+pub const ACL_INGRESS: u16 = 2;
 /// Flag of [`Flow`]: the ACL was asked about its egress in this epoch, and allows it.
-pub const ACL_EGRESS: u8 = 4;
+pub const ACL_EGRESS: u16 = 4;
 /// Flag of [`Flow`]: neither groups nor ACLs apply (an exempt service, or the agent's proxy).
-pub const UNFILTERED: u8 = 8;
+pub const UNFILTERED: u16 = 8;
 /// Flag of [`Flow`]: TCP, a FIN came from its origin's side.
-pub const FIN_ORIGIN: u8 = 16;
+pub const FIN_ORIGIN: u16 = 16;
 /// Flag of [`Flow`]: TCP, a FIN came from the other side.
-pub const FIN_REPLY: u8 = 32;
+pub const FIN_REPLY: u16 = 32;
 /// Flag of [`Flow`]: TCP, after a RST its origin's side went on as if nothing had happened.
-pub const ALIVE_ORIGIN: u8 = 64;
+pub const ALIVE_ORIGIN: u16 = 64;
 /// Flag of [`Flow`]: TCP, after a RST the other side went on.
-pub const ALIVE_REPLY: u8 = 128;
+pub const ALIVE_REPLY: u16 = 128;
+/// Flag of [`Flow`]: it was picked up in the middle, and may as well have begun in the other direction (SG-3.9).
+pub const EITHER_ORIGIN: u16 = 256;
+/// Flag of [`Flow`]: TCP, the instance has acknowledged something.
+pub const ACKNOWLEDGED: u16 = 512;
 
 /// Key of the map `FRAGMENTS`: a fragmented packet of which the first fragment passed.
 #[repr(C)]
@@ -387,6 +436,23 @@ pub struct Count {
 }
 const _: () = assert!(size_of::<Count>() == 16);
 
+/// Where the running kernel keeps what `__sk_buff` doesn't tell of a socket buffer: bytes from the start of its
+/// `struct sk_buff`. Global `SKB` of the programs, set when they are loaded.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SkbLayout {
+    /// The byte with the two bits of the checksum's state.
+    pub ip_summed: u16,
+    /// How far up in that byte they are.
+    pub ip_summed_shift: u16,
+    /// Where the checksum begins: 16 bits, from the buffer's head.
+    pub csum_start: u16,
+    /// Where the checksum is to be written: 16 bits, from `csum_start`.
+    pub csum_offset: u16,
+    /// Where the frame begins: 16 bits, from the buffer's head.
+    pub mac_header: u16,
+}
+
 #[cfg(feature = "user")]
 mod user {
     use super::*;
@@ -409,12 +475,15 @@ mod user {
         Member,
         OwnKey,
         ExemptKey,
+        PublishedKey,
+        PublishedPort,
         FlowKey,
         Flow,
         FragmentKey,
         Config,
         ReasonKey,
         Count,
+        SkbLayout,
         Address,
     );
     use crate::addr::Address;

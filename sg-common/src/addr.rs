@@ -4,7 +4,7 @@
 ///
 /// The parser refuses mapped addresses on the wire (RFC 4942, 2.2), so the two families can't be confused.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, PartialOrd, Ord)]
 pub struct Address(pub [u32; 4]);
 
 /// The middle word of a mapped IPv4 address, as it lies in memory.
@@ -87,6 +87,12 @@ impl Address {
     pub const fn within(&self, network: &Self, mask: &Self) -> bool {
         let (a, n, m) = (&self.0, &network.0, &mask.0);
         ((a[0] ^ n[0]) & m[0]) | ((a[1] ^ n[1]) & m[1]) | ((a[2] ^ n[2]) & m[2]) | ((a[3] ^ n[3]) & m[3]) == 0
+    }
+
+    /// The first address of the IPv6 prefix of [`crate::abi::DELEGATED_LENGTH`] that this one is in.
+    #[inline(always)]
+    pub const fn delegated(&self) -> Self {
+        Self([self.0[0], self.0[1], self.0[2] & 0xffff_0000_u32.to_be(), 0])
     }
 
     /// The mask of a prefix of `length` bits, counted in the mapped form: an IPv4 `/24` has 120.

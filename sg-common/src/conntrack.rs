@@ -4,7 +4,9 @@
 //! update an entry at the same time: each field is written whole, the worst outcome is one state change or refresh
 //! lost, and the flow's next packet repeats it.
 
-use crate::abi::{ALIVE_ORIGIN, ALIVE_REPLY, Config, Direction, FIN_ORIGIN, FIN_REPLY, Flow, FlowKey, ORIGIN_EGRESS};
+use crate::abi::{
+    ACKNOWLEDGED, ALIVE_ORIGIN, ALIVE_REPLY, Config, Direction, FIN_ORIGIN, FIN_REPLY, Flow, FlowKey, ORIGIN_EGRESS,
+};
 use crate::packet::{ACK, FIN, Packet, Part, RST, SYN, TCP, UDP};
 
 /// Where a flow stands. The number indexes [`Config::timeouts`].
@@ -48,6 +50,13 @@ impl State {
 /// store. A flow may end so much too early: 30 ms of UDP's 30 s, 7 minutes of TCP's 5 days.
 const REFRESH_SHIFT: u32 = 10;
 
+/// How far an instance's acknowledgments go on before the flow takes note again, in bytes: not each of them is a store.
+const NOTED_EVERY: u32 = 1 << 18;
+/// How far beyond what the instance acknowledged the end of a connection is believed, in bytes: what was not noted yet,
+/// and what may be on its way (Linux's largest receive buffer by default was 6 MiB for long, `tcp_rmem`). One guess in
+/// 512 is in it.
+const BELIEVED_WITHIN: u32 = 1 << 23;
+
 impl FlowKey {
     /// The flow that a packet belongs to or would begin; `None` for ICMP messages that are not queries or their
     /// answers, and for packets without their transport header.
@@ -59,13 +68,14 @@ impl FlowKey {
         let (mut source_port, mut destination_port) = (packet.source_port, packet.destination_port);
         let mut asker = Direction::Ingress;
         if packet.is_icmp() {
-            let (kind, is_answer) = icmp_query(packet.is_v4(), packet.icmp_type())?;
+            let (_, is_answer) = icmp_query(packet.is_v4(), packet.icmp_type())?;
             asker = if is_answer { direction.reverse() } else { direction };
-            // Written so that the identifier becomes the local port in both directions.
-            let id = packet.source_port;
+            // Written so that the identifier becomes the local port in both directions. Another code is another
+            // query, which its own rule has to allow.
+            let (id, query) = (packet.source_port, icmp_request(packet));
             (source_port, destination_port) = match direction {
-                Direction::Egress => (id, kind as u16),
-                Direction::Ingress => (kind as u16, id),
+                Direction::Egress => (id, query),
+                Direction::Ingress => (query, id),
             };
         }
         let (local, remote, local_port, remote_port) = match direction {
@@ -105,12 +115,12 @@ pub fn is_icmp_answer(packet: &Packet) -> bool {
     packet.is_icmp() && matches!(icmp_query(packet.is_v4(), packet.icmp_type()), Some((_, true)))
 }
 
-/// The type and code of the query that a packet's ICMP flow began with, as rules are asked for them. An answer doesn't
-/// tell the query's code, which is 0 in every query that there is.
+/// The type and code of the query that a packet's ICMP flow began with, as rules are asked for them. An answer has its
+/// query's code: 0 in every query that there is, and Linux copies any other (`icmp_echo` in `net/ipv4/icmp.c`).
 #[inline(always)]
 pub fn icmp_request(packet: &Packet) -> u16 {
     match icmp_query(packet.is_v4(), packet.icmp_type()) {
-        Some((kind, true)) => (kind as u16) << 8,
+        Some((kind, true)) => (kind as u16) << 8 | packet.destination_port & 0xff,
         _ => packet.destination_port,
     }
 }
@@ -145,6 +155,31 @@ impl Flow {
         Self { seen: now, state: state as u8, flags, ..Self::default() }
     }
 
+    /// Takes note of what the instance acknowledges: that, and nothing that a stranger could send, says where the other
+    /// side's connection can end.
+    #[inline(always)]
+    pub fn acknowledge(&mut self, packet: &Packet, direction: Direction) {
+        let is_acknowledging = direction as u8 == Direction::Egress as u8 && packet.tcp_flags & ACK != 0;
+        if is_acknowledging
+            && (self.flags & ACKNOWLEDGED == 0 || packet.acknowledgment.wrapping_sub(self.acknowledged) >= NOTED_EVERY)
+        {
+            self.acknowledged = packet.acknowledgment;
+            self.flags |= ACKNOWLEDGED;
+        }
+    }
+
+    /// Whether a FIN or RST can be what it says. What the instance sends is its own to end. What arrives must be near
+    /// what the instance has acknowledged, where it has: the receiver believes no other either (RFC 5961, 3.2), and a
+    /// stranger who doesn't see the connection can only guess it.
+    #[inline(always)]
+    fn is_believed(&self, packet: &Packet, direction: Direction) -> bool {
+        let payload = packet.transport_length.wrapping_sub(packet.transport_header);
+        let end = if packet.tcp_flags & RST != 0 { packet.sequence } else { packet.sequence.wrapping_add(payload) };
+        direction as u8 == Direction::Egress as u8
+            || self.flags & ACKNOWLEDGED == 0
+            || end.wrapping_sub(self.acknowledged) < BELIEVED_WITHIN
+    }
+
     /// The direction in which it began.
     #[inline(always)]
     pub const fn origin(&self) -> Direction {
@@ -168,7 +203,10 @@ impl Flow {
     pub fn observe(&mut self, packet: &Packet, direction: Direction, config: &Config, now: u64) {
         let is_origin = direction as u8 == self.origin() as u8;
         let (state, flags) = match packet.protocol {
-            TCP => self.tcp(packet, is_origin),
+            TCP => {
+                self.acknowledge(packet, direction);
+                self.tcp(packet, is_origin, self.is_believed(packet, direction))
+            }
             UDP => (self.udp(is_origin), self.flags),
             _ => (self.state, self.flags),
         };
@@ -186,14 +224,17 @@ impl Flow {
         }
     }
 
-    /// TCP. No sequence numbers are kept, so nothing that could be a guess is believed for good: data after a FIN from
+    /// TCP. An end that isn't believed changes nothing; one that is may still have been guessed, so data after a FIN from
     /// the same side, or both sides going on after a RST, put the flow back. A SYN never gets here (it is judged by
     /// the rules), so no forged close can open anything.
     #[inline(always)]
-    fn tcp(&self, packet: &Packet, is_origin: bool) -> (u8, u8) {
+    fn tcp(&self, packet: &Packet, is_origin: bool, is_believed: bool) -> (u8, u16) {
         let tcp = packet.tcp_flags;
         let (fin, alive) = if is_origin { (FIN_ORIGIN, ALIVE_ORIGIN) } else { (FIN_REPLY, ALIVE_REPLY) };
         let mut flags = self.flags;
+        if tcp & RST != 0 && !is_believed {
+            return (self.state, self.flags);
+        }
         if tcp & RST != 0 {
             return (State::Reset as u8, flags & !(ALIVE_ORIGIN | ALIVE_REPLY));
         }
@@ -206,7 +247,9 @@ impl Flow {
             return (State::Established as u8, flags);
         }
         if tcp & FIN != 0 {
-            flags |= fin;
+            if is_believed {
+                flags |= fin;
+            }
         } else if flags & fin != 0 && packet.transport_length > packet.transport_header {
             flags &= !fin;
         }

@@ -3,7 +3,8 @@
 use core::ops::DerefMut;
 
 use crate::abi::{
-    self, ACL_EGRESS, ACL_INGRESS, Binding, Config, Direction, Flow, FlowKey, FragmentKey, Interface, UNFILTERED,
+    self, ACL_EGRESS, ACL_INGRESS, Binding, Config, Direction, EITHER_ORIGIN, Flow, FlowKey, FragmentKey, Interface,
+    UNFILTERED,
 };
 use crate::addr::Address;
 use crate::conntrack::{icmp_request, is_icmp_answer, is_icmp_error};
@@ -139,6 +140,8 @@ enum Keep {
     Nothing,
     /// As a flow that began in this direction.
     From(Direction),
+    /// As one that began in this direction, or in the other.
+    Perhaps(Direction),
     /// As a flow that neither groups nor ACLs are asked about again.
     Unfiltered,
 }
@@ -196,7 +199,7 @@ impl Crossing<'_> {
     fn review<T: Tables>(&self, tables: &T, flow: &mut Flow) -> Result<(), Drop> {
         let is_other_world = flow.world != self.config.world;
         if is_other_world || flow.groups != self.groups.epoch {
-            if self.config.flags & abi::CUT_ON_REVOKE != 0 && !self.is_still_allowed(tables, flow.origin()) {
+            if self.is_cut(tables, flow, self.packet, self.direction) {
                 return Err(Drop::Revoked);
             }
             flow.groups = self.groups.epoch;
@@ -217,18 +220,29 @@ impl Crossing<'_> {
         Ok(())
     }
 
-    /// Whether the rules would still let the packet's flow begin in the direction in which it did.
+    /// Under `--on-revoke=cut`, whether the rules wouldn't let `packet`'s flow begin any more: in the direction in which
+    /// it did, or if that isn't known, in either.
     #[inline(always)]
-    fn is_still_allowed<T: Tables>(&self, tables: &T, origin: Direction) -> bool {
-        let packet = self.packet;
+    fn is_cut<T: Tables>(&self, tables: &T, flow: &Flow, packet: &Packet, direction: Direction) -> bool {
+        if self.config.flags & abi::CUT_ON_REVOKE == 0 {
+            return false;
+        }
+        let origin = flow.origin();
+        !self.may_begin(tables, packet, direction, origin)
+            || (flow.flags & EITHER_ORIGIN != 0 && !self.may_begin(tables, packet, direction, origin.reverse()))
+    }
+
+    /// Whether the rules let the flow begin in direction `origin` of which `packet` crosses in `direction`.
+    #[inline(always)]
+    fn may_begin<T: Tables>(&self, tables: &T, packet: &Packet, direction: Direction, origin: Direction) -> bool {
         let port = if packet.is_icmp() {
             icmp_request(packet)
-        } else if origin as u8 == self.direction as u8 {
+        } else if origin as u8 == direction as u8 {
             packet.destination_port
         } else {
             packet.source_port
         };
-        let query = Query { peer: self.peer(), protocol: packet.protocol, port };
+        let query = Query { peer: peer(packet, direction), protocol: packet.protocol, port };
         tables.matches(abi::table(self.groups.policy, origin), self.interface.vpc, &query) != Match::None
     }
 
@@ -243,9 +257,18 @@ impl Crossing<'_> {
         if quote.source != self.packet.destination {
             return None;
         }
-        let key = FlowKey::of(self.interface.eni, self.direction.reverse(), &quote)?;
+        let direction = self.direction.reverse();
+        let key = FlowKey::of(self.interface.eni, direction, &quote)?;
         let flow = maps.flow(&key)?;
-        if flow.is_expired(self.config, self.now) { None } else { Some(flow.flags & UNFILTERED != 0) }
+        if flow.is_expired(self.config, self.now) {
+            return None;
+        }
+        if flow.flags & UNFILTERED != 0 {
+            return Some(true);
+        }
+        // A flow that its next packet will find revoked has no errors either (SG-3.4).
+        let is_stale = flow.world != self.config.world || flow.groups != self.groups.epoch;
+        if is_stale && self.is_cut(maps, &flow, &quote, direction) { None } else { Some(false) }
     }
 
     /// A packet without a flow: what neither groups nor ACLs filter, and what both allow. On the way in the ACL comes
@@ -325,8 +348,8 @@ impl Crossing<'_> {
 
     /// A TCP packet in the middle of a flow that the table doesn't know (SG-3.9).
     ///
-    /// Where the rules allow the flow in both directions, the lower port is taken for the server's; that decides only
-    /// which rule a later revoke has to be about. Where they allow it in this packet's direction alone, it is either a
+    /// Where the rules allow the flow in both directions, the lower port is taken for the server's, which is a guess: a
+    /// later revoke of either rule cuts it. Where they allow it in this packet's direction alone, it is either a
     /// flow that began before there was a table, or the answer to an untracked flow whose rule was revoked (SG-3.4):
     /// only while the policy is still the one under which the table began can it not be the latter. After that the
     /// packet passes, as its rule says, but opens nothing for the other side.
@@ -334,20 +357,18 @@ impl Crossing<'_> {
     fn pick_up(&self, reversed: Match) -> Admission {
         let packet = self.packet;
         let is_answer = packet.tcp_flags & SYN != 0;
-        let origin = if packet.tcp_flags & RST != 0 {
-            None
+        let keep = if packet.tcp_flags & RST != 0 {
+            Keep::Nothing
         } else if reversed != Match::None {
             let is_from_server = is_answer || packet.source_port < packet.destination_port;
-            Some(if is_from_server { self.direction.reverse() } else { self.direction })
+            Keep::Perhaps(if is_from_server { self.direction.reverse() } else { self.direction })
         } else if is_answer || self.groups.epoch != self.interface.born {
-            None
+            Keep::Nothing
         } else {
-            Some(self.direction)
+            Keep::From(self.direction)
         };
-        match origin {
-            Some(origin) => Admission { pass: Pass::New, keep: Keep::From(origin) },
-            None => Admission { pass: Pass::MidFlow, keep: Keep::Nothing },
-        }
+        let pass = if matches!(keep, Keep::Nothing) { Pass::MidFlow } else { Pass::New };
+        Admission { pass, keep }
     }
 
     /// Makes the flow's entry, or takes over the one of an earlier connection with the same ports.
@@ -362,10 +383,12 @@ impl Crossing<'_> {
                 return Ok(admission.pass);
             }
             Keep::From(origin) => (origin, self.acl_asked()),
+            Keep::Perhaps(origin) => (origin, self.acl_asked() | EITHER_ORIGIN),
             Keep::Unfiltered => (self.direction, UNFILTERED),
         };
         let mut flow = Flow::begin(self.packet, origin, self.now);
         flow.flags |= flags;
+        flow.acknowledge(self.packet, self.direction);
         flow.groups = self.groups.epoch;
         flow.acl = self.acl.epoch;
         flow.world = self.config.world;
@@ -385,10 +408,7 @@ impl Crossing<'_> {
 
     #[inline(always)]
     fn peer(&self) -> &Address {
-        match self.direction {
-            Direction::Ingress => &self.packet.source,
-            Direction::Egress => &self.packet.destination,
-        }
+        peer(self.packet, self.direction)
     }
 
     #[inline(always)]
@@ -398,10 +418,19 @@ impl Crossing<'_> {
 
     /// The flag of a flow that says that the ACL was asked about this direction.
     #[inline(always)]
-    fn acl_asked(&self) -> u8 {
+    fn acl_asked(&self) -> u16 {
         match self.direction {
             Direction::Ingress => ACL_INGRESS,
             Direction::Egress => ACL_EGRESS,
         }
+    }
+}
+
+/// The address on the other side of the interface that a packet crosses in `direction`.
+#[inline(always)]
+fn peer(packet: &Packet, direction: Direction) -> &Address {
+    match direction {
+        Direction::Ingress => &packet.source,
+        Direction::Egress => &packet.destination,
     }
 }

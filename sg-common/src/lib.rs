@@ -8,8 +8,10 @@
 pub mod abi;
 pub mod addr;
 pub mod conntrack;
+pub mod early;
 pub mod guard;
 pub mod judge;
 pub mod packet;
 pub mod policy;
+pub mod reset;
 pub mod verdict;

@@ -7,6 +7,7 @@
 use crate::abi::{self, Binding, Config, Direction, Interface, Member, Policy};
 use crate::addr::Address;
 use crate::packet::{ICMP, ICMPV6};
+use crate::verdict::{Drop, Pass, Verdict};
 
 /// The maps that the agent writes and decisions read. The kernel's are BPF maps, userspace's are in memory.
 ///
@@ -26,12 +27,31 @@ pub trait Tables {
     fn cells(&self, table: u32, policy: &Policy, word: u32) -> u64;
     /// `REFERENCES`: the row of a referenced group.
     fn reference(&self, table: u32, group: u32) -> u32;
-    /// `MEMBERS`: the groups that an address is in.
-    fn member(&self, vpc: u32, peer: &Address) -> Option<&Member>;
-    /// `SECONDARIES`.
-    fn is_secondary(&self, eni: u32, address: &Address) -> bool;
+    /// The entry of `MEMBERS` with this key.
+    fn membership(&self, vpc: u32, address: &Address) -> Option<&Member>;
+    /// Whether `SECONDARIES` has this key.
+    fn has_own(&self, eni: u32, address: &Address) -> bool;
     /// `EXEMPT`.
     fn is_exempt(&self, vpc: u32, address: &Address, protocol: u8, port: u16) -> bool;
+
+    /// The groups that an address is in, by itself or by its delegated prefix (SG-1.9).
+    #[inline(always)]
+    fn member(&self, vpc: u32, peer: &Address) -> Option<&Member> {
+        let by_itself = self.membership(vpc, peer);
+        if by_itself.is_some() || peer.is_v4() {
+            return by_itself;
+        }
+        self.membership(vpc | abi::DELEGATED, &peer.delegated())
+    }
+
+    /// [`is_secondary`], as a function call in the kernel.
+    #[inline(always)]
+    fn is_secondary(&self, eni: u32, address: &Address) -> bool
+    where
+        Self: Sized,
+    {
+        is_secondary(self, eni, address)
+    }
 
     /// What a table says, by [`find`]: the kernel's way there is a function call, so that it is verified once.
     #[inline(always)]
@@ -102,6 +122,12 @@ pub fn find<T: Tables>(tables: &T, table: u32, policy: &Policy, vpc: u32, query:
     Match::None
 }
 
+/// Whether an address is an interface's own beyond the primary ones, by itself or by its delegated prefix.
+#[inline(always)]
+pub fn is_secondary<T: Tables>(tables: &T, eni: u32, address: &Address) -> bool {
+    tables.has_own(eni, address) || (!address.is_v4() && tables.has_own(eni | abi::DELEGATED, &address.delegated()))
+}
+
 /// One cell of a policy's matrix. Row and column 0 are those of no rule.
 #[inline(always)]
 fn cell<T: Tables>(tables: &T, table: u32, policy: &Policy, row: u32, column: u32) -> Match {
@@ -136,4 +162,45 @@ pub fn acl_allows<T: Tables>(
         return true;
     }
     tables.matches(abi::table(acl.policy, direction), interface.vpc, query) != Match::None
+}
+
+/// What becomes of the first packet of a flow at an interface that nothing else is known of: how the groups' rules match
+/// it, and the verdict of rules and network ACL together. For who has no packet, or not yet one of the instance's.
+///
+/// On the way in the ACL comes first, on the way out last (SG-5.2); the reason is that of the first to deny.
+#[inline(always)]
+pub fn begins<T: Tables>(tables: &T, interface: &Interface, direction: Direction, query: &Query) -> (Match, Verdict) {
+    let (matched, by_rules) = begins_by_rules(tables, interface, direction, query);
+    let by_acl =
+        || interface.acl == 0 || acl_allows(tables, interface, tables.binding(interface.acl), direction, query);
+    let verdict = match direction {
+        Direction::Ingress if !by_acl() => Err(Drop::Acl),
+        Direction::Ingress => by_rules,
+        Direction::Egress => by_rules.and_then(|pass| if by_acl() { Ok(pass) } else { Err(Drop::Acl) }),
+    };
+    (matched, verdict)
+}
+
+/// The groups' rules: allowed or not, and if allowed, tracked or not (SG-2.1, SG-3.2).
+#[inline(always)]
+fn begins_by_rules<T: Tables>(
+    tables: &T,
+    interface: &Interface,
+    direction: Direction,
+    query: &Query,
+) -> (Match, Verdict) {
+    let groups = tables.binding(interface.groups);
+    let here = abi::table(groups.policy, direction);
+    let Some(back) = tables.policy(abi::table(groups.policy, direction.reverse())) else {
+        // Policy 0 is that of those who have none; the kernel's is there, and empty.
+        return (Match::None, Err(if groups.policy == 0 { Drop::NoRule } else { Drop::Inconsistent }));
+    };
+    let matched = tables.matches(here, interface.vpc, query);
+    let free = abi::free_replies(query.peer.is_v4(), query.protocol);
+    let verdict = match matched {
+        Match::None => Err(Drop::NoRule),
+        Match::Any if back.flags & free != 0 => Ok(Pass::Untracked),
+        Match::Any | Match::Narrow => Ok(Pass::New),
+    };
+    (matched, verdict)
 }

@@ -96,6 +96,9 @@ reasons! {
         Revoked = 50, "revoked";
         /// The interface's maps contradict each other; reported as a fault of the agent.
         Inconsistent = 51, "inconsistent";
+        /// An IPv4 option that sends the packet by way of somebody else (RFC 791, 3.1): its destination isn't the one
+        /// that rules are asked about.
+        SourceRoute = 52, "source_route";
     }
 }
 

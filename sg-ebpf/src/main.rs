@@ -1,25 +1,30 @@
-//! The programs on an interface's host-side link, and the way of every packet through them.
+//! The programs on an interface's host-side link, and the way of every packet through them; and those of published
+//! ports, on the links by which clients come.
 //!
 //! A packet is read (`packet`), judged (`sg_common::judge`, over the maps of `maps`) and counted (`report`). What the
-//! host sends to the link is the instance's ingress, what comes from it its egress.
+//! host sends to the link is the instance's ingress, what comes from it its egress. Published ports have a way of their
+//! own (`sg_common::early`), and answers (`answer`).
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
 
+mod answer;
 mod maps;
 mod packet;
 mod report;
 
+use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
-use aya_ebpf::macros::classifier;
-use aya_ebpf::programs::TcContext;
-use sg_common::abi::Direction;
+use aya_ebpf::macros::{classifier, xdp};
+use aya_ebpf::programs::{TcContext, XdpContext};
+use sg_common::abi::{Direction, REJECT};
+use sg_common::early::{self, Denied};
 use sg_common::judge::{Memory, judge};
-use sg_common::packet::checksum_offset;
+use sg_common::packet::{TCP, UDP, checksum_offset};
 use sg_common::verdict::{Drop, Pass, Verdict};
 
 use crate::maps::Maps;
-use crate::packet::SkbFrame;
+use crate::packet::{SkbFrame, XdpFrame};
 
 /// TCX egress (or clsact egress) of the host-side link: what goes to the instance.
 #[classifier]
@@ -39,6 +44,45 @@ pub fn sweep(_ctx: TcContext) -> i32 {
     maps::sweep(Maps.now()) as i32
 }
 
+/// TCX ingress (or clsact ingress) of a link by which clients of published ports come.
+#[classifier]
+pub fn published(ctx: TcContext) -> i32 {
+    let frame = SkbFrame(&ctx);
+    // A VLAN's own link has the packet next; what is for another host this one only overhears.
+    if frame.has_vlan() || !frame.is_to_host() {
+        return TC_ACT_UNSPEC;
+    }
+    frame.pull_short();
+    let denied = early::judge(&Maps, &frame, |denied| {
+        if denied.packet.protocol == UDP && answer::is_served(ctx.skb.skb.cast(), denied.packet) {
+            return TC_ACT_UNSPEC;
+        }
+        report::count_early(denied.port.number);
+        if is_reset(denied) { answer::reset_skb(&frame, denied) } else { TC_ACT_SHOT as i32 }
+    });
+    denied.unwrap_or(TC_ACT_UNSPEC)
+}
+
+/// The same in a network card's driver.
+#[xdp(frags)]
+pub fn published_xdp(ctx: XdpContext) -> u32 {
+    let frame = XdpFrame(&ctx);
+    let denied = early::judge(&Maps, &frame, |denied| {
+        if denied.packet.protocol == UDP && answer::is_served(ctx.ctx.cast(), denied.packet) {
+            return XDP_PASS;
+        }
+        report::count_early(denied.port.number);
+        if is_reset(denied) { answer::reset_xdp(&frame, denied) } else { XDP_DROP }
+    });
+    denied.unwrap_or(XDP_PASS)
+}
+
+/// UDP has no reset: `--deny=reject` or not, a denied datagram vanishes.
+#[inline(always)]
+fn is_reset(denied: &Denied) -> bool {
+    denied.port.flags & REJECT != 0 && denied.packet.protocol == TCP
+}
+
 #[inline(always)]
 fn filter(ctx: &TcContext, direction: Direction) -> i32 {
     let frame = SkbFrame(ctx);
@@ -49,7 +93,6 @@ fn filter(ctx: &TcContext, direction: Direction) -> i32 {
         Some(interface) => {
             frame.pull();
             let verdict = judge(&Maps, interface, direction, &frame, frame.mark());
-            // Last of all: it may shorten what is dropped.
             let is_settled = verdict.is_err() || direction == Direction::Ingress || is_settled(&frame, verdict);
             (interface.eni, if is_settled { verdict } else { Err(Drop::Malformed) })
         }
@@ -64,13 +107,11 @@ fn filter(ctx: &TcContext, direction: Direction) -> i32 {
 /// instance says so.
 #[inline(always)]
 fn is_settled(frame: &SkbFrame, verdict: Verdict) -> bool {
-    if !frame.awaits_checksum() {
-        return true;
-    }
-    match (verdict, maps::judged()) {
+    match (frame.pending_checksum(), verdict, maps::judged()) {
+        (Ok(None), ..) => true,
         // ARP and neighbour discovery are judged to the last byte, and nobody offloads their checksums.
-        (Ok(Pass::Neighbor), _) | (_, None) => false,
-        (_, Some(packet)) => frame.checksum_is_at_or_after(packet.transport + checksum_offset(packet)),
+        (Err(_), ..) | (_, Ok(Pass::Neighbor), _) | (.., None) => false,
+        (Ok(Some(place)), _, Some(packet)) => place >= packet.transport + checksum_offset(packet),
     }
 }
 

@@ -9,9 +9,11 @@ use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap};
 use sg_common::abi::*;
 use sg_common::addr::Address;
+use sg_common::early::Ports;
 use sg_common::judge::{Full, Memory};
 use sg_common::packet::Packet;
-use sg_common::policy::{Match, Query, Tables, find};
+use sg_common::policy::{Match, Query, Tables, find, is_secondary};
+use sg_common::reset::LENGTH6;
 
 #[map]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
@@ -38,12 +40,20 @@ static SECONDARIES: HashMap<OwnKey, u32> = HashMap::with_max_entries(MAX_SECONDA
 #[map]
 static EXEMPT: HashMap<ExemptKey, u32> = HashMap::with_max_entries(MAX_EXEMPT, BPF_F_NO_PREALLOC);
 #[map]
+static PUBLISHED: HashMap<PublishedKey, PublishedPort> = HashMap::with_max_entries(MAX_PUBLISHED, BPF_F_NO_PREALLOC);
+/// Packets to published ports that were denied before the proxy heard of them, by the port's number.
+#[map]
+pub static DENIED: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_PUBLISHED_PORTS, 0);
+#[map]
 static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(MAX_FLOWS, 0);
 #[map]
 static FRAGMENTS: LruHashMap<FragmentKey, u32> = LruHashMap::with_max_entries(MAX_FRAGMENTS, 0);
 /// The packet being judged on this CPU.
 #[map]
 static PACKET: PerCpuArray<Packet> = PerCpuArray::with_max_entries(1, 0);
+/// The answer that is being written on this CPU.
+#[map]
+static ANSWER: PerCpuArray<[u8; LENGTH6]> = PerCpuArray::with_max_entries(1, 0);
 /// Packets of established flows, by `2 * eni + direction`: an array, because every one of them is counted.
 #[map]
 pub static ESTABLISHED: PerCpuArray<Count> = PerCpuArray::with_max_entries(2 * MAX_INTERFACES, 0);
@@ -125,6 +135,13 @@ pub fn judged() -> Option<&'static Packet> {
     PACKET.get(0)
 }
 
+/// A place for an answer.
+#[inline(always)]
+pub fn answer() -> Option<&'static mut [u8; LENGTH6]> {
+    // SAFETY: this CPU's own entry; programs on one CPU don't interrupt each other, and each takes it once.
+    ANSWER.get_ptr_mut(0).map(|place| unsafe { &mut *place })
+}
+
 /// The BPF maps behind the decisions.
 pub struct Maps;
 
@@ -181,15 +198,20 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn member(&self, vpc: u32, peer: &Address) -> Option<&Member> {
+    fn membership(&self, vpc: u32, address: &Address) -> Option<&Member> {
         // SAFETY: see `interface`.
-        unsafe { MEMBERS.get(MemberKey { vpc, address: *peer }) }
+        unsafe { MEMBERS.get(MemberKey { vpc, address: *address }) }
+    }
+
+    #[inline(always)]
+    fn has_own(&self, eni: u32, address: &Address) -> bool {
+        // SAFETY: see `interface`.
+        unsafe { SECONDARIES.get(OwnKey { eni, address: *address }) }.is_some()
     }
 
     #[inline(always)]
     fn is_secondary(&self, eni: u32, address: &Address) -> bool {
-        // SAFETY: see `interface`.
-        unsafe { SECONDARIES.get(OwnKey { eni, address: *address }) }.is_some()
+        find_own(eni, address) != 0
     }
 
     #[inline(always)]
@@ -218,6 +240,28 @@ extern "C" fn find_rule(table: u32, vpc: u32, peer: *const Address, protocol_por
     let Some(policy) = POLICIES.get(table) else { return Match::None as u32 };
     let query = Query { peer, protocol: (protocol_port >> 16) as u8, port: protocol_port as u16 };
     find(&Maps, table, policy, vpc, &query) as u32
+}
+
+/// [`is_secondary`] as such a function.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn find_own(eni: u32, address: *const Address) -> u32 {
+    // SAFETY: see `find_rule`.
+    let Some(address) = (unsafe { address.as_ref() }) else { return 0 };
+    is_secondary(&Maps, eni, address) as u32
+}
+
+impl Ports for Maps {
+    #[inline(always)]
+    fn published(&self, key: &PublishedKey) -> Option<&PublishedPort> {
+        // SAFETY: see `interface`.
+        unsafe { PUBLISHED.get(key) }
+    }
+
+    #[inline(always)]
+    fn interface(&self, link: u32) -> Option<&Interface> {
+        interface(link)
+    }
 }
 
 impl Memory for Maps {

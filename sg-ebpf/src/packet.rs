@@ -1,9 +1,17 @@
 //! P1: the frame as the kernel hands it over. The only place with packet pointers.
 
-use aya_ebpf::bindings::{BPF_CSUM_LEVEL_DEC, BPF_CSUM_LEVEL_INC, BPF_CSUM_LEVEL_QUERY};
-use aya_ebpf::helpers::{bpf_csum_level, bpf_skb_change_tail};
-use aya_ebpf::programs::TcContext;
-use sg_common::packet::Frame;
+use aya_ebpf::Global;
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::bpf_probe_read_kernel;
+use aya_ebpf::programs::{TcContext, XdpContext};
+use sg_common::abi::SkbLayout;
+use sg_common::packet::{Frame, ipv4_options};
+use sg_common::verdict::Drop;
+
+/// Set by the agent; see [`SkbLayout`].
+#[unsafe(no_mangle)]
+static SKB: Global<SkbLayout> =
+    Global::new(SkbLayout { ip_summed: 0, ip_summed_shift: 0, csum_start: 0, csum_offset: 0, mac_header: 0 });
 
 /// A frame behind a socket buffer. Headers that are not in its linear part read as missing; see [`SkbFrame::pull`].
 pub struct SkbFrame<'a>(pub &'a TcContext);
@@ -36,6 +44,22 @@ impl SkbFrame<'_> {
         unsafe { (*self.0.skb.skb).vlan_present != 0 }
     }
 
+    /// Whether it is for this host by its MAC address (PACKET_HOST).
+    #[inline(always)]
+    pub fn is_to_host(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.0.skb.skb).pkt_type == 0 }
+    }
+
+    /// The same as [`Self::pull`] for a packet that is short enough to begin a flow. The others are left as they are:
+    /// on `lo` every packet of the host comes by, and all of them that are long have their headers in the linear part.
+    #[inline(always)]
+    pub fn pull_short(&self) {
+        if self.len() <= HEADERS {
+            self.pull();
+        }
+    }
+
     /// Makes sure that the headers are in the linear part, if they aren't yet: drivers, and senders without copies,
     /// may leave them in pages.
     #[inline(always)]
@@ -47,57 +71,99 @@ impl SkbFrame<'_> {
         }
     }
 
-    /// Whether its checksum is still to be filled in (CHECKSUM_PARTIAL). No helper tells; but only what has no
-    /// checksum state at all can be raised to a verified one (kernel: `__skb_incr_checksum_unnecessary`), which is
-    /// taken back at once.
+    /// Where in the frame a checksum is still to be written (CHECKSUM_PARTIAL), by the host's stack or a network card,
+    /// if it is.
+    ///
+    /// # Errors
+    /// [`Drop::Malformed`] where that is before the frame, or can't be read.
     #[inline(always)]
-    pub fn awaits_checksum(&self) -> bool {
-        let skb = self.0.skb.skb;
-        // SAFETY: the context is the kernel's, and these helpers touch its checksum state only.
-        unsafe {
-            if bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY as u64) >= 0 {
-                return false;
-            }
-            bpf_csum_level(skb, BPF_CSUM_LEVEL_INC as u64);
-            if bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY as u64) < 0 {
-                return true;
-            }
-            bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC as u64);
-            false
+    pub fn pending_checksum(&self) -> Result<Option<u32>, Drop> {
+        const CHECKSUM_PARTIAL: u8 = 3;
+        let layout = SKB.load();
+        let [state] = self.field(layout.ip_summed)?;
+        if state >> layout.ip_summed_shift & 3 != CHECKSUM_PARTIAL {
+            return Ok(None);
         }
+        let start = u16::from_ne_bytes(self.field(layout.csum_start)?) as u32;
+        let offset = u16::from_ne_bytes(self.field(layout.csum_offset)?) as u32;
+        let frame = u16::from_ne_bytes(self.field(layout.mac_header)?) as u32;
+        if start < frame {
+            return Err(Drop::Malformed);
+        }
+        Ok(Some(start - frame + offset))
     }
 
-    /// Whether the checksum that it awaits is to be written at `offset` or behind it. The kernel refuses to cut a
-    /// packet off before the end of its checksum field (`__bpf_skb_min_len`); where it doesn't refuse, the frame is
-    /// cut, and must be dropped.
+    /// Bytes of the kernel's own structure behind the context.
     #[inline(always)]
-    pub fn checksum_is_at_or_after(&self, offset: u32) -> bool {
-        const EINVAL: i64 = -22;
-        // SAFETY: the context is the kernel's; nothing reads the frame's bytes after this.
-        unsafe { bpf_skb_change_tail(self.0.skb.skb, offset + 1, 0) == EINVAL }
+    fn field<const N: usize>(&self, offset: u16) -> Result<[u8; N], Drop> {
+        let field = self.0.skb.skb.cast::<[u8; N]>().wrapping_byte_add(offset as usize);
+        // SAFETY: the helper reads any address, and fails where there is nothing.
+        unsafe { bpf_probe_read_kernel(field) }.map_err(|_| Drop::Malformed)
     }
 }
 
 impl Frame for SkbFrame<'_> {
     #[inline(always)]
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        // VERIFIER: "R3 offset is outside of the packet" (6.18) where the compiler compares 32 bits of it, signed.
-        let offset = opaque(offset as u64);
-        if offset > MAX_OFFSET {
-            return None;
-        }
-        let start = self.0.data() + offset as usize;
-        if start + N > self.0.data_end() {
-            return None;
-        }
-        // SAFETY: the N bytes from `start` lie before `data_end`, as was just checked; any bytes make an array of u8.
-        Some(unsafe { core::ptr::read_unaligned(start as *const [u8; N]) })
+        load(self.0.data(), self.0.data_end(), offset)
     }
 
     #[inline(always)]
     fn len(&self) -> u32 {
         self.0.len()
     }
+
+    #[inline(always)]
+    fn options(&self, at: u32, end: u32) -> Result<(), Drop> {
+        match walk_options(self.0.skb.skb, at, end) {
+            0 => Ok(()),
+            reason => Err(if reason == Drop::SourceRoute as u32 { Drop::SourceRoute } else { Drop::Malformed }),
+        }
+    }
+}
+
+/// [`ipv4_options`] as a function that the verifier knows as global: it is verified once, whatever its caller knows.
+/// Returns the reason's number, or 0.
+// VERIFIER: "BPF program is too large. Processed 1000001 insn" (6.18) with the loop in its place.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn walk_options(skb: *mut __sk_buff, at: u32, end: u32) -> u32 {
+    match ipv4_options(&SkbFrame(&TcContext::new(skb)), at, end) {
+        Ok(()) => 0,
+        Err(drop) => drop as u32,
+    }
+}
+
+/// A frame in a network card's buffer. Headers that are not in its first part read as missing.
+pub struct XdpFrame<'a>(pub &'a XdpContext);
+
+impl Frame for XdpFrame<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        load(self.0.data(), self.0.data_end(), offset)
+    }
+
+    /// Of the first part: a packet that goes on behind it is longer than any that begins a flow, and reads as malformed.
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        (self.0.data_end() - self.0.data()) as u32
+    }
+}
+
+/// `N` bytes at `offset` of what lies between `data` and `end`.
+#[inline(always)]
+fn load<const N: usize>(data: usize, end: usize, offset: u32) -> Option<[u8; N]> {
+    // VERIFIER: "R3 offset is outside of the packet" (6.18) where the compiler compares 32 bits of it, signed.
+    let offset = opaque(offset as u64);
+    if offset > MAX_OFFSET {
+        return None;
+    }
+    let start = data + offset as usize;
+    if start + N > end {
+        return None;
+    }
+    // SAFETY: the N bytes from `start` lie before `end`, as was just checked; any bytes make an array of u8.
+    Some(unsafe { core::ptr::read_unaligned(start as *const [u8; N]) })
 }
 
 /// The same value, about which the compiler knows nothing.

@@ -5,7 +5,7 @@ use aya_log_ebpf::debug;
 use sg_common::abi::{Count, Direction, ReasonKey};
 use sg_common::verdict::{self, Pass, Verdict};
 
-use crate::maps::{ESTABLISHED, REASONS};
+use crate::maps::{DENIED, ESTABLISHED, REASONS};
 
 /// The interface's number where it isn't known.
 pub const UNKNOWN: u32 = u32::MAX;
@@ -26,6 +26,15 @@ pub fn count(eni: u32, direction: Direction, verdict: &Verdict, bytes: u32) {
         None => {
             let _ = REASONS.insert(key, Count { packets: 1, bytes: bytes as u64 }, 0);
         }
+    }
+}
+
+/// Counts a packet that was denied at a published port.
+#[inline(always)]
+pub fn count_early(number: u32) {
+    if let Some(count) = DENIED.get_ptr_mut(number) {
+        // SAFETY: see `add`.
+        unsafe { *count += 1 };
     }
 }
 

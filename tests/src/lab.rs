@@ -13,7 +13,7 @@ use sg_agent::explain::{Explanation, Query, explain};
 use sg_agent::live;
 use sg_agent::model::{Eni, Inventory, Warning};
 use sg_agent::resolve::{Resolver, Settings, World};
-use sg_common::abi::{Config, Count, Direction, RELATED_ERRORS};
+use sg_common::abi::{Config, Count, DELEGATED, Direction, RELATED_ERRORS};
 use sg_common::addr::Address;
 use sg_common::conntrack::State;
 use sg_common::verdict::{Drop, Pass, Verdict, number};
@@ -109,6 +109,12 @@ impl Lab {
         self.apply()
     }
 
+    /// Changes what several control planes say.
+    pub fn worlds(&mut self, change: impl FnOnce(&mut World)) {
+        change(&mut self.world);
+        self.apply().expect("a state that fits");
+    }
+
     /// Changes what was discovered.
     pub fn attach(&mut self, change: impl FnOnce(&mut Vec<Attachment>)) {
         change(&mut self.attachments);
@@ -132,8 +138,10 @@ impl Lab {
             .interfaces
             .values()
             .flat_map(|enforced| {
-                let own = enforced.interface.addresses.iter().map(|&address| Address::from(address));
-                own.map(|address| (enforced.entry.eni, address)).collect::<Vec<_>>()
+                let own = enforced.interface.addresses.iter().map(|&address| (enforced.entry.eni, address));
+                let prefixes = enforced.interface.prefixes.iter();
+                let delegated = prefixes.map(|prefix| (enforced.entry.eni | DELEGATED, prefix.network()));
+                own.chain(delegated).map(|(eni, address)| (eni, Address::from(address))).collect::<Vec<_>>()
             })
             .collect();
         self.reference.forget();

@@ -56,6 +56,8 @@ pub enum Transport {
         ports: (u16, u16),
         /// As on the wire.
         flags: u8,
+        /// Sequence and acknowledgment number.
+        numbers: (u32, u32),
     },
     /// UDP.
     Udp {
@@ -92,7 +94,7 @@ fn packet(from: Host, to: Host, protocol: u8, transport: Transport) -> Packet {
 
 /// A TCP packet from port 40000 to 22 with ACK, in the middle of a connection.
 pub fn tcp(from: Host, to: Host) -> Packet {
-    packet(from, to, TCP, Transport::Tcp { ports: (40000, 22), flags: ACK })
+    packet(from, to, TCP, Transport::Tcp { ports: (40000, 22), flags: ACK, numbers: (1, 0) })
 }
 
 /// A UDP datagram from port 40000 to 53.
@@ -150,6 +152,15 @@ impl Packet {
         match &mut self.transport {
             Transport::Tcp { flags, .. } => *flags = set,
             other => panic!("{other:?} has no flags"),
+        }
+        self
+    }
+
+    /// With this TCP sequence number, and this acknowledgment number.
+    pub fn numbers(mut self, sequence: u32, acknowledgment: u32) -> Self {
+        match &mut self.transport {
+            Transport::Tcp { numbers, .. } => *numbers = (sequence, acknowledgment),
+            other => panic!("{other:?} has no sequence numbers"),
         }
         self
     }
@@ -253,6 +264,14 @@ impl Packet {
     pub fn ipv4_options(mut self, bytes: usize) -> Self {
         assert!(bytes.is_multiple_of(4) && bytes <= 40, "options are whole words, ten at most");
         self.options = vec![1; bytes];
+        self
+    }
+
+    /// With these IPv4 options, filled up with zeros to whole words.
+    pub fn options(mut self, bytes: &[u8]) -> Self {
+        self.options = bytes.to_vec();
+        self.options.resize(bytes.len().next_multiple_of(4), 0);
+        assert!(self.options.len() <= 40, "options are ten words at most");
         self
     }
 
@@ -366,9 +385,10 @@ impl Packet {
 
     fn transport_bytes(&self) -> Vec<u8> {
         match self.transport {
-            Transport::Tcp { ports, flags } => {
+            Transport::Tcp { ports, flags, numbers } => {
                 let mut bytes = [ports.0.to_be_bytes(), ports.1.to_be_bytes()].concat();
-                bytes.extend([0, 0, 0, 1, 0, 0, 0, 0, 5 << 4, flags, 0xff, 0xff, 0, 0, 0, 0]);
+                bytes.extend([numbers.0.to_be_bytes(), numbers.1.to_be_bytes()].as_flattened());
+                bytes.extend([5 << 4, flags, 0xff, 0xff, 0, 0, 0, 0]);
                 bytes
             }
             Transport::Udp { ports } => {

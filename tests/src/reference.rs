@@ -23,7 +23,7 @@ pub struct Reference {
     pub tables: InMemory,
     /// Interfaces by link.
     pub interfaces: BTreeMap<u32, Interface>,
-    /// Own addresses beyond the primary ones.
+    /// Own addresses beyond the primary ones, and delegated prefixes, as `SECONDARIES` has them.
     pub secondaries: HashSet<(u32, Address)>,
     /// Tracked flows.
     pub flows: RefCell<HashMap<FlowKey, Flow>>,
@@ -84,10 +84,10 @@ impl Tables for Reference {
     fn reference(&self, table: u32, group: u32) -> u32 {
         self.tables.reference(table, group)
     }
-    fn member(&self, vpc: u32, peer: &Address) -> Option<&Member> {
-        self.tables.member(vpc, peer)
+    fn membership(&self, vpc: u32, address: &Address) -> Option<&Member> {
+        self.tables.membership(vpc, address)
     }
-    fn is_secondary(&self, eni: u32, address: &Address) -> bool {
+    fn has_own(&self, eni: u32, address: &Address) -> bool {
         self.secondaries.contains(&(eni, *address))
     }
     fn is_exempt(&self, vpc: u32, address: &Address, protocol: u8, port: u16) -> bool {

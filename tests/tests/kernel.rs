@@ -1,12 +1,18 @@
 //! The kernel's programs, packet by packet: rules, packets, verdicts and reasons. Each test cites the statements of
 //! the norm that it shows (`SG-3.2`); every packet is also held against the pipeline in memory (`tests::lab`).
 
+#[path = "kernel/accounts.rs"]
+mod accounts;
 #[path = "kernel/acl.rs"]
 mod acl;
+#[path = "kernel/addresses.rs"]
+mod addresses;
 #[path = "kernel/cases.rs"]
 mod cases;
 #[path = "kernel/cut.rs"]
 mod cut;
+#[path = "kernel/ends.rs"]
+mod ends;
 #[path = "kernel/exempt.rs"]
 mod exempt;
 #[path = "kernel/fragments.rs"]
@@ -23,6 +29,10 @@ mod live;
 mod malformed;
 #[path = "kernel/neighbor.rs"]
 mod neighbor;
+#[path = "kernel/options.rs"]
+mod options;
+#[path = "kernel/published.rs"]
+mod published;
 #[path = "kernel/rules.rs"]
 mod rules;
 #[path = "kernel/spoofing.rs"]

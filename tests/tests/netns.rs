@@ -3,6 +3,8 @@
 
 #[path = "netns/bad_input.rs"]
 mod bad_input;
+#[path = "netns/early.rs"]
+mod early;
 #[path = "netns/flows.rs"]
 mod flows;
 #[path = "netns/groups.rs"]

@@ -7,8 +7,8 @@ const EXTENSIONS: usize = 8;
 
 /// What its fragments share: source, destination, identification and, in IPv4, protocol.
 pub type FragmentId = (IpAddr, IpAddr, [u8; 4], u8);
-/// A flow from the instance's side: its address, the peer's, protocol, ports.
-pub type Flow = (IpAddr, IpAddr, u8, u16, u16);
+/// A flow from the instance's side: its address, the peer's, protocol, ports, and whether it answers.
+pub type Flow = (IpAddr, IpAddr, u8, u16, u16, bool);
 
 /// An IP packet.
 #[derive(Clone, Copy, Debug)]
@@ -143,18 +143,18 @@ impl Plain {
     }
 
     /// The flow that it is of, the same for both directions; none for ICMP messages that are neither query nor answer.
-    /// A query's flow has its kind and who asked in the place of the peer's port.
+    /// A query's flow has its kind and code in the place of the peer's port, and who asked beside it.
     pub fn flow(&self, is_egress: bool) -> Option<Flow> {
         let (own, peer) = if is_egress { (self.source, self.destination) } else { (self.destination, self.source) };
-        let (own_port, peer_port) = match (self.is_icmp(), is_egress) {
+        let (own_port, peer_port, asker) = match (self.is_icmp(), is_egress) {
             (true, _) => {
                 let (kind, is_answer) = self.query()?;
-                (self.source_port, kind << 1 | u16::from(is_answer != is_egress))
+                (self.source_port, kind << 8 | self.port & 0xff, is_answer != is_egress)
             }
-            (false, true) => (self.source_port, self.port),
-            (false, false) => (self.port, self.source_port),
+            (false, true) => (self.source_port, self.port, false),
+            (false, false) => (self.port, self.source_port, false),
         };
-        Some((own, peer, self.protocol, own_port, peer_port))
+        Some((own, peer, self.protocol, own_port, peer_port, asker))
     }
 
     /// Whether it begins no flow, whatever allows it.

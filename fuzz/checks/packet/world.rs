@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use sg_common::abi::{
-    Binding, CUT_ON_REVOKE, Config, Direction, Flow, FlowKey, FragmentKey, Interface, Member, NOWHERE, Policy,
-    REFERENCES, RELATED_ERRORS, SOURCE_DEST_CHECK, free_replies,
+    Binding, CUT_ON_REVOKE, Config, DELEGATED, Direction, Flow, FlowKey, FragmentKey, Interface, Member, NOWHERE,
+    Policy, REFERENCES, RELATED_ERRORS, SOURCE_DEST_CHECK, free_replies,
 };
 use sg_common::addr::Address;
 use sg_common::conntrack::State;
@@ -267,16 +267,16 @@ impl Tables for World {
         if matches!(table(number), Table::Groups { .. }) && group == GROUP { GROUP_ROW } else { 0 }
     }
 
-    fn member(&self, _: u32, peer: &Address) -> Option<&Member> {
+    fn membership(&self, vpc: u32, peer: &Address) -> Option<&Member> {
         const MEMBER: Member = {
             let mut member = Member { count: 1, subnet: 0, groups: [0; 16] };
             member.groups[0] = GROUP;
             member
         };
-        place(IpAddr::from(*peer)).1.then_some(&MEMBER)
+        (vpc & DELEGATED == 0 && place(IpAddr::from(*peer)).1).then_some(&MEMBER)
     }
 
-    fn is_secondary(&self, _: u32, _: &Address) -> bool {
+    fn has_own(&self, _: u32, _: &Address) -> bool {
         false
     }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use sg_common::abi::{self, NOWHERE, OwnKey, SOURCE_DEST_CHECK};
+use sg_common::abi::{self, DELEGATED, NOWHERE, OwnKey, SOURCE_DEST_CHECK};
 use sg_common::addr::Address;
 use sg_common::policy::Tables as _;
 
@@ -165,7 +165,7 @@ impl Applier {
     }
 }
 
-/// Own addresses beyond those that stand in the entries.
+/// Own addresses beyond those that stand in the entries, and delegated prefixes, by number as `SECONDARIES` has them.
 fn secondaries(desired: &Desired, entries: &Entries) -> BTreeSet<(u32, IpAddr)> {
     let mut secondaries = BTreeSet::new();
     for (ifindex, interface) in &desired.interfaces {
@@ -173,6 +173,7 @@ fn secondaries(desired: &Desired, entries: &Entries) -> BTreeSet<(u32, IpAddr)> 
         let primary = [entry.ipv4, entry.ipv6];
         let others = interface.addresses.iter().filter(|&&address| !primary.contains(&address.into()));
         secondaries.extend(others.map(|&address| (entry.eni, address)));
+        secondaries.extend(interface.prefixes.iter().map(|prefix| (entry.eni | DELEGATED, prefix.network())));
     }
     secondaries
 }

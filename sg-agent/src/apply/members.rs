@@ -1,16 +1,22 @@
 //! Memberships as `MEMBERS` holds them, and what two states of them have in common. Pure; writing them is `apply`'s.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 
-use sg_common::abi::Member;
+use ipnet::IpNet;
+use sg_common::abi::{DELEGATED, Member, MemberKey};
 
 use super::ApplyError;
 use crate::resolve::Desired;
 use crate::tables;
 
-/// Who is in which groups, by VPC and address.
-pub type Members = BTreeMap<(u32, IpAddr), Member>;
+/// Who is in which groups, by VPC and address or delegated prefix.
+pub type Members = BTreeMap<(u32, IpNet), Member>;
+
+/// The key of a membership.
+pub fn key(&(vpc, place): &(u32, IpNet)) -> MemberKey {
+    let is_address = place.prefix_len() == place.max_prefix_len();
+    MemberKey { vpc: if is_address { vpc } else { vpc | DELEGATED }, address: place.network().into() }
+}
 
 /// The desired memberships.
 ///
@@ -19,7 +25,8 @@ pub type Members = BTreeMap<(u32, IpAddr), Member>;
 pub fn of(desired: &Desired) -> Result<Members, ApplyError> {
     let mut members = Members::new();
     for (&(vpc, address), membership) in &desired.members {
-        let member = tables::member(membership).map_err(|groups| ApplyError::Member { address, groups })?;
+        let too_many = |groups| ApplyError::Member { address: address.addr(), groups };
+        let member = tables::member(membership).map_err(too_many)?;
         members.insert((vpc, address), member);
     }
     Ok(members)
@@ -56,7 +63,7 @@ mod tests {
         let entry = |&(address, groups, subnet): &(&str, &[u32], u32)| {
             let mut member = Member { count: groups.len() as u32, subnet, ..Member::default() };
             member.groups[..groups.len()].copy_from_slice(groups);
-            ((1, address.parse().expect("an address")), member)
+            ((1, IpNet::from(address.parse::<std::net::IpAddr>().expect("an address"))), member)
         };
         entries.iter().map(entry).collect()
     }

@@ -8,23 +8,26 @@ mod interfaces;
 mod links;
 mod members;
 mod policies;
+mod published;
 mod space;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use sg_common::abi::{self, Binding, Config, ExemptKey, MemberKey};
+use sg_common::abi::{self, Binding, Config, ExemptKey};
 
 use members::Members;
 pub use policies::Usage;
 use policies::{Store, Written};
+use published::Published;
+pub use published::{Judged, Sockets};
 use space::Numbers;
 
 use crate::compile::{CompileError, compile};
 use crate::datapath::{Datapath, DatapathError, Hook, Maps, absent_is_fine};
 use crate::exempt::Service;
-use crate::model::Warning;
+use crate::model::{InstanceId, Warning};
 use crate::resolve::{Desired, Interface, PolicyKey, Spec};
 use crate::tables::InMemory;
 
@@ -90,6 +93,17 @@ pub struct Snapshot {
     pub usage: Usage,
 }
 
+impl Snapshot {
+    /// An instance's interfaces by link index, the primary one first: those that the control plane knows go before the
+    /// others, older links before younger ones.
+    pub fn interfaces_of(&self, instance: &InstanceId) -> Vec<(u32, &Enforced)> {
+        let own = self.interfaces.iter().filter(|(_, enforced)| enforced.interface.instance == *instance);
+        let mut own: Vec<_> = own.map(|(&ifindex, enforced)| (ifindex, enforced)).collect();
+        own.sort_by_key(|(ifindex, enforced)| (enforced.interface.eni.is_none(), *ifindex));
+        own
+    }
+}
+
 /// A policy in force.
 #[derive(Debug)]
 struct Bound {
@@ -119,6 +133,7 @@ pub struct Applier {
     /// What `SECONDARIES` holds.
     secondaries: BTreeSet<(u32, IpAddr)>,
     retired: Vec<Written>,
+    published: Published,
     epoch: u32,
     snapshot: Arc<Snapshot>,
     /// What was last brought about; none while a change is under way, or after one that failed.
@@ -154,6 +169,7 @@ impl Applier {
             entries: BTreeMap::new(),
             secondaries: BTreeSet::new(),
             retired: Vec::new(),
+            published: Published::default(),
             epoch,
             snapshot: Arc::default(),
             last: None,
@@ -387,16 +403,15 @@ impl Applier {
     }
 
     fn replace_members(&mut self, members: &Members) -> Result<(), ApplyError> {
-        let key = |&(vpc, address): &(u32, IpAddr)| MemberKey { vpc, address: address.into() };
         let failed = |error| DatapathError::Write { map: "MEMBERS", error };
         let gone: Vec<_> = self.tables.members.keys().filter(|place| !members.contains_key(place)).copied().collect();
         for place in gone {
-            absent_is_fine(self.maps.members.remove(&key(&place))).map_err(failed)?;
+            absent_is_fine(self.maps.members.remove(&members::key(&place))).map_err(failed)?;
             self.tables.members.remove(&place);
         }
         for (place, member) in members {
             if self.tables.members.get(place) != Some(member) {
-                self.maps.members.insert(key(place), member, 0).map_err(failed)?;
+                self.maps.members.insert(members::key(place), member, 0).map_err(failed)?;
                 self.tables.members.insert(*place, *member);
             }
         }
@@ -435,7 +450,8 @@ impl Applier {
 const MOST_BOUND: u32 = abi::MAX_BINDINGS - 1;
 
 fn check_counts(desired: &Desired, members: &Members) -> Result<(), ApplyError> {
-    let addresses = desired.interfaces.values().map(|interface| interface.addresses.len()).sum();
+    let addresses =
+        desired.interfaces.values().map(|interface| interface.addresses.len() + interface.prefixes.len()).sum();
     check("interfaces", desired.interfaces.len(), abi::MAX_INTERFACES)?;
     check("members' addresses", members.len(), abi::MAX_MEMBERS)?;
     check("own addresses", addresses, abi::MAX_SECONDARIES)?;

@@ -3,10 +3,15 @@
 //! Whatever happens (a rule changed, a container came, somebody asks) ends in the same reconciliation: resolve, compile,
 //! apply, publish. What fails leaves the last good policy in force, and says so.
 
+mod changes;
+mod commits;
 mod control;
+mod launched;
 mod lock;
+mod look;
 mod poll;
 mod pollers;
+mod report;
 mod state;
 
 use std::collections::BTreeSet;
@@ -20,20 +25,23 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use self::commits::Commits;
 pub use self::control::{NotRunning, Reply, Request, ask};
 pub use self::lock::{LockError, take as lock};
+use self::look::{Looked, Lookout, View};
 use self::poll::{Polled, Poller};
 use self::pollers::Pollers;
 use self::state::Desk;
 use crate::apply::{Applier, Snapshot};
 use crate::datapath::{Datapath, Pins};
-use crate::discovery::{self, Attachment, Discovered, DiscoveryError, Origin};
-use crate::model::{InstanceId, Scope, Warning};
-use crate::proxy::{self, Proxy};
-use crate::resolve::{self, Resolver, World};
+use crate::discovery;
+use crate::early::{self, EarlyDrop};
+use crate::gateway::{self, Gateway};
+use crate::launcher;
+use crate::model::{Inventory, Scope, Warning};
+use crate::proxy::{self, Freshness, Proxy};
+use crate::resolve::{self, Resolver, Unknown, World};
 use crate::source::Ec2Options;
-use crate::status::{Report, Status};
-use crate::{explain, launcher, live};
 
 /// Where this agent's files are; every subcommand has these.
 #[derive(Clone, Debug)]
@@ -71,8 +79,16 @@ pub struct Options {
     pub discovery: discovery::Options,
     /// `--publish`.
     pub publish: Vec<proxy::PublishSpec>,
+    /// `--deny`.
+    pub deny: proxy::Deny,
+    /// `--early-drop`.
+    pub early_drop: EarlyDrop,
     /// The time between two polls of an endpoint that answers.
     pub poll_interval: Duration,
+    /// The gateway to the endpoint, if there is to be one.
+    pub gateway: Option<gateway::Options>,
+    /// How long a connection to a published port waits for rules that are stale.
+    pub fresh_timeout: Duration,
     /// How the silent parts of the norm are read.
     pub resolve: resolve::Settings,
     /// The data path's settings.
@@ -87,8 +103,8 @@ pub struct Options {
 
 /// What the other tasks tell the daemon.
 enum Event {
-    /// Links or containers may have changed.
-    Look,
+    /// Links and containers were looked at.
+    Looked(Box<Looked>),
     /// The launcher has news.
     Launched,
     /// An endpoint or file was read.
@@ -102,9 +118,6 @@ const GRACE: Duration = Duration::from_secs(2);
 
 /// The longest that anybody may wait for what is desired.
 const LONGEST_WAIT: Duration = Duration::from_secs(86_400);
-
-/// How long to wait before links are listened to again, when that failed.
-const DEAF: Duration = Duration::from_secs(2);
 
 /// How often expired flows are taken out of the table. They count for nothing before that, but take up room.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -134,36 +147,47 @@ pub async fn run(options: Options) -> Result<()> {
     let shutdown = CancellationToken::new();
     let (events, mut inbox) = mpsc::channel(64);
     control::serve(options.places.socket(), events.clone(), shutdown.clone())?;
-    watch_links(&options.discovery, events.clone(), shutdown.clone());
+    let (commits, mut committing) = mpsc::channel(64);
+    let gateway = match &options.gateway {
+        Some(wanted) => changes::open_gateway(wanted, &options.origins, commits, shutdown.clone()).await?,
+        None => (None, None),
+    };
+    let lookout = Lookout::start(options.discovery.clone(), events.clone(), shutdown.clone());
+    let (renewals, mut renewing) = mpsc::channel(64);
+    let freshness = watch::Sender::new(false);
+    let fresh = Freshness::new(freshness.subscribe(), renewals, options.fresh_timeout);
     let snapshots = watch::Sender::new(applier.snapshot());
     let on_revoke = if config.flags & CUT_ON_REVOKE != 0 { proxy::OnRevoke::Cut } else { proxy::OnRevoke::Aws };
-    let proxy = Proxy::new(snapshots.subscribe(), mark).on_revoke(on_revoke);
-    let launcher = launch(&options, &snapshots, events.clone(), shutdown.clone())?;
+    let proxy = Proxy::new(snapshots.subscribe(), mark).on_revoke(on_revoke).fresh(fresh);
+    let launcher = launched::start(&options, &snapshots, events.clone(), shutdown.clone())?;
     let pollers = Pollers::new(&options, events)?;
     let mut daemon = Daemon {
         resolver: Resolver::new(options.resolve.clone()),
-        discovery: options.discovery,
+        unknown: options.resolve.unknown,
+        lookout,
         flags: options.publish,
+        deny: options.deny,
+        early_drop: options.early_drop,
         applier,
         proxy,
         snapshots,
         pollers,
+        gateway: gateway.0,
         launcher,
-        discovered: Discovered::default(),
-        looked: None,
-        looked_error: None,
+        view: View::default(),
         world: World::new(),
         desk: Desk::default(),
+        commits: Commits::default(),
+        freshness,
         apply_error: None,
         refused: 0,
         flows: 0,
         poller_warnings: Vec::new(),
         proxy_warnings: Vec::new(),
+        gateway_warning: gateway.1,
         told: BTreeSet::new(),
     };
     tracing::info!(socket = %options.places.socket().display(), "sg-agent {} is up", env!("CARGO_PKG_VERSION"));
-    daemon.look().await;
-    daemon.reconcile().await;
 
     let mut sweeps = tokio::time::interval(SWEEP_INTERVAL);
     sweeps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -173,6 +197,8 @@ pub async fn run(options: Options) -> Result<()> {
                 Some(event) => daemon.on(event).await,
                 None => break,
             },
+            Some(commit) = committing.recv() => daemon.commit(commit),
+            Some(reply) = renewing.recv() => daemon.renew(reply),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
             _ = sweeps.tick() => daemon.sweep(),
@@ -180,6 +206,8 @@ pub async fn run(options: Options) -> Result<()> {
         }
     }
     shutdown.cancel();
+    // Nobody listens from here on, so there is nothing to judge.
+    daemon.applier.watch(&[]);
     daemon.proxy.shutdown(GRACE).await;
     if options.detach_on_exit {
         let report = Pins::new(&options.places.bpffs).remove_all();
@@ -211,69 +239,26 @@ fn proxy_mark() -> u32 {
     if random == 0 { 1 } else { random }
 }
 
-/// Tells the daemon when links and containers change. Where that can't be heard, it looks by itself now and then.
-fn watch_links(options: &discovery::Options, events: mpsc::Sender<Event>, shutdown: CancellationToken) {
-    let options = options.clone();
-    let watch = async move {
-        loop {
-            let (tell, mut told) = mpsc::channel(1);
-            let forward = async {
-                while told.recv().await.is_some() {
-                    if events.send(Event::Look).await.is_err() {
-                        break;
-                    }
-                }
-            };
-            let (result, ()) = tokio::join!(discovery::watch(&options, tell), forward);
-            if let Err(error) = result {
-                tracing::warn!(%error, "changes of links are not heard at once; listening again in {DEAF:?}");
-            }
-            tokio::time::sleep(DEAF).await;
-            if events.send(Event::Look).await.is_err() {
-                return;
-            }
-        }
-    };
-    tokio::spawn(shutdown.run_until_cancelled_owned(watch));
-}
-
-/// Starts the launcher, if there is to be one, and tells the daemon of its news.
-fn launch(
-    options: &Options,
-    snapshots: &watch::Sender<Arc<Snapshot>>,
-    events: mpsc::Sender<Event>,
-    shutdown: CancellationToken,
-) -> Result<Option<launcher::Handle>> {
-    let (Some(launch), Origins::Endpoint(ec2)) = (&options.launch, &options.origins) else { return Ok(None) };
-    let place = launcher::Place {
-        ec2: ec2.clone(),
-        interval: options.poll_interval,
-        docker_host: options.discovery.docker_host.clone(),
-        state_dir: options.places.state_dir.clone(),
-    };
-    let launcher = launcher::start(launch.clone(), place, snapshots.subscribe(), shutdown.clone())?;
-    let mut news = launcher.state().clone();
-    tokio::spawn(shutdown.run_until_cancelled_owned(async move {
-        while news.changed().await.is_ok() && events.send(Event::Launched).await.is_ok() {}
-    }));
-    Ok(Some(launcher))
-}
-
 /// Everything that the agent knows.
 struct Daemon {
-    discovery: discovery::Options,
+    lookout: Lookout,
+    gateway: Option<Gateway>,
+    unknown: Unknown,
     flags: Vec<proxy::PublishSpec>,
+    deny: proxy::Deny,
+    early_drop: EarlyDrop,
     resolver: Resolver,
     applier: Applier,
     proxy: Proxy,
     snapshots: watch::Sender<Arc<Snapshot>>,
     pollers: Pollers,
     launcher: Option<launcher::Handle>,
-    discovered: Discovered,
-    looked: Option<Instant>,
-    looked_error: Option<String>,
+    view: View,
     world: World,
     desk: Desk,
+    commits: Commits,
+    /// Whether what is enforced may be older than the last change.
+    freshness: watch::Sender<bool>,
     apply_error: Option<String>,
     /// Changes that were refused whole.
     refused: u64,
@@ -281,6 +266,7 @@ struct Daemon {
     flows: u32,
     poller_warnings: Vec<Warning>,
     proxy_warnings: Vec<Warning>,
+    gateway_warning: Option<Warning>,
     /// Warnings that are in the log already.
     told: BTreeSet<Warning>,
 }
@@ -288,14 +274,15 @@ struct Daemon {
 impl Daemon {
     async fn on(&mut self, event: Event) {
         match event {
-            Event::Look => {
-                self.look().await;
+            Event::Looked(looked) => {
+                self.look(*looked);
                 self.reconcile().await;
             }
             Event::Launched => self.publish().await,
             Event::Polled(polled) => {
-                self.take(*polled);
-                self.reconcile().await;
+                if self.take(*polled) || self.has_failed() {
+                    self.reconcile().await;
+                }
             }
             Event::Asked(Request::Status, reply) => {
                 let _ = reply.send(Reply::Status(Box::new(self.status())));
@@ -307,8 +294,7 @@ impl Daemon {
                 let asked = Instant::now();
                 let patience = Duration::try_from_secs_f64(seconds).unwrap_or_default().min(LONGEST_WAIT);
                 self.desk.wait(asked, patience, reply);
-                self.look().await;
-                self.reconcile().await;
+                self.lookout.hurry();
                 for poller in self.pollers.running.values() {
                     poller.hurry();
                 }
@@ -318,63 +304,68 @@ impl Daemon {
         self.serve_waiting();
     }
 
-    /// Looks at containers and links. What can't be seen now is taken to be as it was.
-    async fn look(&mut self) {
-        let began = Instant::now();
-        match discovery::scan(&self.discovery).await {
-            Ok(discovered) => {
-                let last = std::mem::replace(&mut self.discovered, discovered);
-                self.discovered.keep_hidden(last);
-                self.looked_error = None;
-            }
-            Err(error) => {
-                let text = error.to_string();
-                if self.looked_error.as_ref() != Some(&text) {
-                    tracing::warn!("{text}; what was attached stays enforced");
-                }
-                if let DiscoveryError::Docker { attached, .. } = error {
-                    let by_docker = |attachment: &Attachment| matches!(attachment.origin, Origin::Docker { .. });
-                    let known = std::mem::take(&mut self.discovered);
-                    self.discovered = *attached;
-                    let attachments = known.attachments.into_iter().filter(by_docker);
-                    let fresh: BTreeSet<u32> = self.discovered.attachments.iter().map(|a| a.link.ifindex).collect();
-                    self.discovered.attachments.extend(attachments.filter(|a| !fresh.contains(&a.link.ifindex)));
-                }
-                self.looked_error = Some(text);
-            }
-        }
+    fn look(&mut self, looked: Looked) {
+        self.view.take(looked);
         if let Origins::File(_) = self.pollers.origins {
             // One file is all accounts and regions.
-            for attachment in &mut self.discovered.attachments {
+            for attachment in &mut self.view.discovered.attachments {
                 (attachment.account, attachment.region) = (None, None);
             }
         }
-        self.looked = Some(began);
         self.want();
     }
 
     /// Asks the sources for what is attached.
     fn want(&mut self) {
         let mut warnings = Vec::new();
-        self.pollers.want(&self.discovered.attachments, &mut warnings);
+        let references = resolve::foreign_references(&self.world);
+        self.pollers.want(&self.view.discovered.attachments, references, &mut warnings);
         self.poller_warnings = warnings;
     }
 
-    /// Takes a source's answer in. One that failed changes nothing.
-    fn take(&mut self, polled: Polled) {
-        let Some(poller) = self.pollers.running.get_mut(&polled.hint) else { return };
-        if let Some((scope, inventory)) = poller.note(polled) {
-            self.world.insert(scope, inventory);
+    /// Takes a source's answer in; whether anything is other than before. One that failed changes nothing, unless what
+    /// can't be read is to be denied (`--unknown=deny`).
+    fn take(&mut self, polled: Polled) -> bool {
+        let Some(poller) = self.pollers.running.get_mut(&polled.hint) else { return false };
+        let before = poller.standing();
+        let read = poller.note(polled);
+        let mut is_other = poller.standing() != before;
+        match read {
+            Some((scope, mut inventory)) => {
+                let last = self.world.remove(&scope).unwrap_or_default();
+                if self.unknown != Unknown::Deny && matches!(self.pollers.origins, Origins::Endpoint(_)) {
+                    let here = self.view.discovered.attachments.iter().map(|attachment| &attachment.instance);
+                    inventory.keep_lost(&last, here);
+                }
+                is_other |= inventory != last;
+                self.world.insert(scope, inventory);
+            }
+            None if self.unknown == Unknown::Deny => {
+                let scope = poller.scope();
+                is_other |=
+                    self.world.insert(scope, Inventory::default()).is_some_and(|last| last != Inventory::default());
+            }
+            None => {}
         }
         self.want();
         let live: BTreeSet<Scope> = self.pollers.running.values().map(Poller::scope).collect();
+        let scopes = self.world.len();
         self.world.retain(|scope, _| live.contains(scope));
+        is_other || self.world.len() != scopes
+    }
+
+    /// Whether something that was to be done wasn't, and is to be tried again.
+    fn has_failed(&self) -> bool {
+        let snapshot = self.applier.snapshot();
+        self.apply_error.is_some()
+            || !self.proxy_warnings.is_empty()
+            || snapshot.interfaces.values().any(|enforced| !enforced.attached)
     }
 
     /// From what is known to what is enforced.
     async fn reconcile(&mut self) {
         let own = self.pollers.own_scope();
-        let desired = self.resolver.resolve(&self.world, &own, &self.discovered.attachments);
+        let desired = self.resolver.resolve(&self.world, &own, &self.view.discovered.attachments);
         let complete = self.is_complete();
         let applied = tokio::task::block_in_place(|| {
             let applied = self.applier.apply(&desired, complete);
@@ -403,28 +394,31 @@ impl Daemon {
         let wanted = self.published();
         self.proxy_warnings = self.proxy.reconcile(wanted).await;
         self.proxy_warnings.extend(self.unattached());
+        let early = tokio::task::block_in_place(|| self.drop_early());
+        self.proxy_warnings.extend(early);
         self.tell();
+    }
+
+    /// Has programs judge clients of published ports before their handshake, at the sockets that are open now.
+    fn drop_early(&mut self) -> Vec<Warning> {
+        let (host, listening) = (&self.view.discovered.host_links, self.proxy.listening());
+        let (links, mut warnings) = self.early_drop.links(host, &listening);
+        let sockets = early::sockets(&listening, host, &self.applier.snapshot(), self.deny);
+        if let Err(error) = self.applier.publish(&sockets) {
+            let problem = format!("denied clients are reset after their handshake: {error}");
+            warnings.push(Warning { subject: "published ports".into(), problem });
+        }
+        warnings.extend(self.applier.watch(&links));
+        warnings
     }
 
     /// Whether every source and every link was read since the start.
     fn is_complete(&self) -> bool {
-        self.looked_error.is_none()
+        self.view.looked.is_some()
+            && self.view.error.is_none()
             && self.pollers.running.values().all(|poller| poller.last_success().is_some())
-            && self.discovered.attachments.iter().all(|attachment| !self.is_new(&attachment.instance.0))
-    }
-
-    fn explain(&mut self, query: &explain::Query) -> Reply {
-        let mut explanation = match explain::explain(&self.applier.snapshot(), query) {
-            Ok(explanation) => explanation,
-            Err(error) => return Reply::Error(error.to_string()),
-        };
-        if query.live {
-            let verified = tokio::task::block_in_place(|| live::verify(&mut self.applier, query, &mut explanation));
-            if let Err(error) = verified {
-                return Reply::Error(format!("the kernel could not be asked: {error}"));
-            }
-        }
-        Reply::Explanation(explanation)
+            && self.pollers.running.values().all(|poller| poller.unread_groups().is_empty())
+            && self.view.discovered.attachments.iter().all(|attachment| !self.is_new(&attachment.instance.0))
     }
 
     fn sweep(&mut self) {
@@ -434,105 +428,19 @@ impl Daemon {
         }
     }
 
-    /// Published ports of instances that aren't attached here: every client is refused.
-    fn unattached(&self) -> Vec<Warning> {
-        let attached = |instance: &InstanceId| self.discovered.attachments.iter().any(|a| a.instance == *instance);
-        let missing = self.flags.iter().filter(|port| !attached(&port.instance));
-        let warn = |port: &proxy::PublishSpec| Warning {
-            subject: port.instance.to_string(),
-            problem: format!("is not attached here: clients of host port {} are refused until it is", port.host_port),
-        };
-        missing.map(warn).collect()
-    }
-
-    /// The launcher's latest outcome.
-    fn launched(&self) -> Option<Arc<launcher::State>> {
-        self.launcher.as_ref().map(|launcher| Arc::clone(&launcher.state().borrow()))
-    }
-
     /// The ports that flags, containers and the launcher publish.
     fn published(&self) -> Vec<proxy::Published> {
-        let by_label = self.discovered.attachments.iter().flat_map(|attachment| {
+        let by_label = self.view.discovered.attachments.iter().flat_map(|attachment| {
             attachment.publish.iter().map(|port| proxy::PublishSpec {
                 instance: attachment.instance.clone(),
                 bind: None,
                 host_port: port.host_port,
                 port: port.port,
+                transport: port.transport,
             })
         });
         let launched = self.launched();
         let launched = launched.iter().flat_map(|launched| launched.ports.iter().cloned());
         self.flags.iter().cloned().chain(by_label).chain(launched).map(proxy::Published::from).collect()
-    }
-
-    /// Logs each warning once for as long as it stands.
-    fn tell(&mut self) {
-        let now = self.warnings();
-        for warning in now.difference(&self.told) {
-            tracing::warn!(subject = %warning.subject.escape_default(), "{}", warning.problem);
-        }
-        for gone in self.told.difference(&now) {
-            tracing::info!(subject = %gone.subject.escape_default(), "no longer: {}", gone.problem);
-        }
-        self.told = now;
-    }
-
-    fn warnings(&self) -> BTreeSet<Warning> {
-        let snapshot = self.applier.snapshot();
-        let mut warnings = snapshot.warnings.clone();
-        // An instance that no poll has asked for yet isn't unknown, only new.
-        warnings.retain(|warning| !self.is_new(&warning.subject));
-        warnings.extend(self.discovered.warnings.iter().chain(&self.poller_warnings).cloned());
-        warnings.extend(self.proxy_warnings.iter().cloned());
-        warnings.extend(self.launched().iter().flat_map(|launched| launched.warnings.clone()));
-        warnings
-    }
-
-    fn is_new(&self, subject: &str) -> bool {
-        self.discovered.attachments.iter().any(|attachment| {
-            *attachment.instance.0 == *subject
-                && self.pollers.running.values().all(|poller| !poller.has_asked_for(&attachment.instance))
-        })
-    }
-
-    /// Answers those who wait for the desired state, once it is enforced.
-    fn serve_waiting(&mut self) {
-        let oldest = self.pollers.running.values().map(Poller::last_success).min().flatten();
-        let mut since = oldest.map(|oldest| oldest.min(self.looked.unwrap_or(oldest)));
-        let mut underway = Vec::new();
-        if let Some(launched) = self.launched() {
-            since = since.min(launched.read);
-            underway.clone_from(&launched.underway);
-            underway.extend(launched.error.clone());
-            if launched.generation != self.applier.snapshot().generation {
-                underway.push("published ports are not settled yet".to_owned());
-            }
-        }
-        let errors = self.pollers.running.values().filter_map(Poller::error);
-        let problems: Vec<String> = self.problems().into_iter().chain(errors).chain(underway).collect();
-        self.desk.serve(since, problems);
-    }
-
-    /// What keeps the desired state from being the enforced one.
-    fn problems(&self) -> Vec<String> {
-        let snapshot = self.applier.snapshot();
-        let unattached = snapshot.interfaces.values().filter(|enforced| !enforced.attached);
-        let unattached = unattached.map(|enforced| format!("link {} is not enforced", enforced.interface.link));
-        let unasked = self.discovered.attachments.iter().filter(|attachment| self.is_new(&attachment.instance.0));
-        let unasked = unasked.map(|attachment| format!("instance {} was not read yet", attachment.instance));
-        let errors = self.apply_error.iter().chain(&self.looked_error).cloned();
-        unattached.chain(unasked).chain(errors).collect()
-    }
-
-    fn status(&self) -> Status {
-        let report = Report {
-            sources: self.pollers.running.values().map(Poller::status).collect(),
-            published: self.proxy.counters(),
-            warnings: self.warnings(),
-            problems: self.problems(),
-            refused: self.refused,
-            flows: self.flows,
-        };
-        Status::new(&self.applier.snapshot(), self.applier.maps(), report)
     }
 }

@@ -10,8 +10,8 @@ use tokio::task::JoinHandle;
 
 use super::Event;
 use super::pollers::Hint;
-use crate::model::{InstanceId, Inventory, Scope};
-use crate::source::{Ec2, Ec2Options, RulesFile, SourceError, Wanted};
+use crate::model::{GroupId, InstanceId, Inventory, Scope};
+use crate::source::{Ec2, Ec2Options, ModifiedRule, RulesFile, SourceError, Wanted};
 use crate::status::SourceStatus;
 
 /// The longest time between two polls of a source that fails.
@@ -25,18 +25,21 @@ pub struct Polled {
     pub hint: Hint,
     /// When it began: what it says was so at that moment or later.
     began: Instant,
-    asked_for: BTreeSet<InstanceId>,
+    asked_for: Wanted,
     result: Result<(Scope, Inventory), SourceError>,
 }
 
 /// A task that reads a source, and what came of it.
 pub struct Poller {
     task: JoinHandle<()>,
-    wanted: watch::Sender<BTreeSet<InstanceId>>,
+    wanted: watch::Sender<Wanted>,
     hurry: Arc<Notify>,
+    /// The endpoint, if it is one.
+    ec2: Option<Arc<Ec2>>,
     name: String,
     scope: Scope,
-    asked_for: BTreeSet<InstanceId>,
+    asked_for: Wanted,
+    attempt: Option<Instant>,
     success: Option<Instant>,
     error: Option<String>,
 }
@@ -58,21 +61,19 @@ impl Poller {
         interval: Duration,
         events: mpsc::Sender<Event>,
     ) -> Result<Self, SourceError> {
-        let ec2 = Ec2::new(options)?;
+        let ec2 = Arc::new(Ec2::new(options)?);
         let (scope, name) = (ec2.scope().clone(), ec2.endpoint());
         tracing::info!(endpoint = %name, region = %scope.region, "security groups are read from here");
-        let (wanted, mut wishes) = watch::channel(BTreeSet::new());
+        let (wanted, mut wishes) = watch::channel(nobody());
         let hurry = Arc::new(Notify::new());
         let hurried = Arc::clone(&hurry);
+        let kept = Arc::clone(&ec2);
         let task = tokio::spawn(async move {
             let mut pause = interval;
             loop {
                 let began = Instant::now();
                 let asked_for = wishes.borrow_and_update().clone();
-                let result = ec2
-                    .inventory(&Wanted { instances: Some(asked_for.clone()) })
-                    .await
-                    .map(|inventory| (ec2.scope().clone(), inventory));
+                let result = ec2.inventory(&asked_for).await.map(|inventory| (ec2.scope().clone(), inventory));
                 pause = if result.is_ok() { interval } else { (pause * 2).min(LONGEST_PAUSE) };
                 let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, result });
                 if events.send(Event::Polled(polled)).await.is_err() {
@@ -85,13 +86,13 @@ impl Poller {
                 }
             }
         });
-        Ok(Self::new(task, wanted, hurry, name, scope))
+        Ok(Self::new(task, wanted, hurry, Some(kept), name, scope))
     }
 
     /// Reads a rules file when it has changed.
     pub(super) fn of_file(path: PathBuf, hint: Hint, events: mpsc::Sender<Event>) -> Self {
         let scope = Scope { account: "123456789012".into(), region: "us-east-1".into() };
-        let (wanted, mut wishes) = watch::channel(BTreeSet::new());
+        let (wanted, mut wishes) = watch::channel(nobody());
         let hurry = Arc::new(Notify::new());
         let hurried = Arc::clone(&hurry);
         let (name, its_scope) = (path.display().to_string(), scope.clone());
@@ -118,24 +119,27 @@ impl Poller {
                 }
             }
         });
-        Self::new(task, wanted, hurry, name, scope)
+        Self::new(task, wanted, hurry, None, name, scope)
     }
 
     fn new(
         task: JoinHandle<()>,
-        wanted: watch::Sender<BTreeSet<InstanceId>>,
+        wanted: watch::Sender<Wanted>,
         hurry: Arc<Notify>,
+        ec2: Option<Arc<Ec2>>,
         name: String,
         scope: Scope,
     ) -> Self {
-        Self { task, wanted, hurry, name, scope, asked_for: BTreeSet::new(), success: None, error: None }
+        let asked_for = nobody();
+        Self { task, wanted, hurry, ec2, name, scope, asked_for, attempt: None, success: None, error: None }
     }
 
-    /// From now on, these instances are asked for; at once, if they are others than before.
-    pub(super) fn want(&self, instances: BTreeSet<InstanceId>) {
+    /// From now on, these instances are asked for, and these groups; at once, if they are others than before.
+    pub(super) fn want(&self, instances: BTreeSet<InstanceId>, groups: BTreeSet<GroupId>) {
+        let now = Wanted { instances: Some(instances), groups };
         self.wanted.send_if_modified(|wanted| {
-            let is_new = *wanted != instances;
-            *wanted = instances;
+            let is_new = *wanted != now;
+            *wanted = now;
             is_new
         });
     }
@@ -145,8 +149,28 @@ impl Poller {
         self.hurry.notify_one();
     }
 
+    /// Rules were modified so, whatever the endpoint will show.
+    pub(super) fn note_modified(&self, rules: Vec<ModifiedRule>) {
+        if let Some(ec2) = &self.ec2 {
+            ec2.note_modified(rules);
+        }
+    }
+
+    /// The endpoint begins anew.
+    pub(super) fn forget(&self) {
+        if let Some(ec2) = &self.ec2 {
+            ec2.forget();
+        }
+    }
+
+    /// Everything that decides about more than the inventory.
+    pub(super) fn standing(&self) -> (bool, bool, Scope, Wanted) {
+        (self.success.is_some(), self.error.is_some(), self.scope.clone(), self.asked_for.clone())
+    }
+
     /// Notes how a read went; what it found, if it found anything.
     pub(super) fn note(&mut self, polled: Polled) -> Option<(Scope, Inventory)> {
+        self.attempt = Some(polled.began);
         match polled.result {
             Ok((scope, inventory)) => {
                 if self.error.take().is_some() {
@@ -167,6 +191,8 @@ impl Poller {
                     tracing::warn!(source = %self.name, "{text}; {meanwhile}");
                 }
                 self.error = Some(text);
+                // Whoever isn't there may have forgotten everything by the time that it is.
+                self.forget();
                 None
             }
         }
@@ -187,9 +213,19 @@ impl Poller {
         self.success
     }
 
+    /// When the last read began that is over, however it went.
+    pub(super) fn last_attempt(&self) -> Option<Instant> {
+        self.attempt
+    }
+
     /// Whether a read that succeeded was about this instance.
     pub(super) fn has_asked_for(&self, instance: &InstanceId) -> bool {
-        self.asked_for.contains(instance)
+        self.asked_for.instances.as_ref().is_none_or(|instances| instances.contains(instance))
+    }
+
+    /// Groups that other accounts' rules refer to, and that no read that succeeded was about.
+    pub(super) fn unread_groups(&self) -> Vec<GroupId> {
+        self.wanted.borrow().groups.difference(&self.asked_for.groups).cloned().collect()
     }
 
     pub(super) fn status(&self) -> SourceStatus {
@@ -201,6 +237,11 @@ impl Poller {
             error: self.error.clone(),
         }
     }
+}
+
+/// What is asked for before anything is attached.
+fn nobody() -> Wanted {
+    Wanted { instances: Some(BTreeSet::new()), groups: BTreeSet::new() }
 }
 
 /// What changes when a file does, also by renaming another over it.

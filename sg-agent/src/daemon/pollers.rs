@@ -10,7 +10,8 @@ use tokio::sync::mpsc;
 use super::poll::Poller;
 use super::{Event, Options, Origins};
 use crate::discovery::Attachment;
-use crate::model::{InstanceId, Scope, Warning};
+use crate::gateway::Whom;
+use crate::model::{GroupId, InstanceId, Scope, Warning};
 use crate::source::Ec2Options;
 
 /// One poller for each account and region that something here is in.
@@ -62,8 +63,13 @@ impl Pollers {
         Ok(())
     }
 
-    /// Asks each scope for exactly the instances that are attached here.
-    pub(super) fn want(&mut self, attachments: &[Attachment], warnings: &mut Vec<Warning>) {
+    /// Asks each scope for exactly the instances that are attached here, and the groups that the others' rules refer to.
+    pub(super) fn want(
+        &mut self,
+        attachments: &[Attachment],
+        mut references: BTreeMap<Scope, BTreeSet<GroupId>>,
+        warnings: &mut Vec<Warning>,
+    ) {
         let own = self.own_scope();
         let mut wanted: BTreeMap<Hint, BTreeSet<InstanceId>> = BTreeMap::from([((None, None), BTreeSet::new())]);
         for attachment in attachments {
@@ -79,9 +85,18 @@ impl Pollers {
                 continue;
             }
             if let Some(poller) = self.running.get(&hint) {
-                poller.want(instances);
+                poller.want(instances, references.remove(&poller.scope()).unwrap_or_default());
             }
         }
+    }
+
+    /// The sources that a change may be about. Which account a key belongs to is the endpoint's to say: if none that is
+    /// read here fits, it is any of them.
+    pub(super) fn of(&self, whom: &Whom) -> BTreeSet<Hint> {
+        let in_region = || self.running.iter().filter(|(_, poller)| whom.has_region(&poller.scope()));
+        let of_account = in_region().filter(|(_, poller)| whom.has_account(&poller.scope()));
+        let exact: BTreeSet<Hint> = of_account.map(|(hint, _)| hint.clone()).collect();
+        if exact.is_empty() { in_region().map(|(hint, _)| hint.clone()).collect() } else { exact }
     }
 
     /// The scope of what doesn't name its own.

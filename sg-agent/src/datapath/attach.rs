@@ -9,6 +9,28 @@ use super::filter::{Filter, has_tcx};
 use super::pins::remove;
 use super::{Datapath, DatapathError};
 
+/// Where on a link a program sits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Point {
+    /// An instance's host-side link.
+    Instance(Direction),
+    /// A link by which clients of published ports come.
+    Published,
+}
+
+impl Point {
+    pub(super) const ALL: [Self; 3] =
+        [Self::Instance(Direction::Ingress), Self::Instance(Direction::Egress), Self::Published];
+
+    /// What leaves the host by the link arrives at the instance.
+    pub(super) fn hook(self) -> TcAttachType {
+        match self {
+            Self::Instance(Direction::Ingress) => TcAttachType::Egress,
+            Self::Instance(Direction::Egress) | Self::Published => TcAttachType::Ingress,
+        }
+    }
+}
+
 /// Both programs on one host-side link.
 #[derive(Debug)]
 pub struct Hook {
@@ -43,12 +65,13 @@ impl Datapath {
     }
 
     fn attach_one(&mut self, ifindex: u32, name: &str, direction: Direction) -> Result<Attached, DatapathError> {
-        let pin = self.pins.as_ref().map(|pins| pins.link(ifindex, direction));
+        let point = Point::Instance(direction);
+        let pin = self.pins.as_ref().map(|pins| pins.link(ifindex, point));
         let failed =
             |error: Box<dyn std::error::Error + Send + Sync>| DatapathError::Attach { link: name.into(), error };
         let program = self.program(direction)?;
         if !has_tcx() {
-            return Filter::attach(program, ifindex, name, direction, pin).map(Attached::Filter).map_err(failed);
+            return Filter::attach(program, ifindex, name, point, pin).map(Attached::Filter).map_err(failed);
         }
         let earlier = match &pin {
             Some(pin) => match PinnedLink::from_pin(pin) {
@@ -74,7 +97,7 @@ impl Datapath {
             }
         }
         let id = program
-            .attach_with_options(name, hook(direction), TcAttachOptions::TcxOrder(LinkOrder::first()))
+            .attach_with_options(name, point.hook(), TcAttachOptions::TcxOrder(LinkOrder::first()))
             .map_err(|error| failed(error.into()))?;
         let link = program.take_link(id).map_err(|error| failed(error.into()))?;
         let link: FdLink = link.try_into().map_err(|error: LinkError| failed(error.into()))?;
@@ -104,13 +127,5 @@ impl Hook {
             result = result.and(detached);
         }
         result
-    }
-}
-
-/// What leaves the host by the link arrives at the instance.
-pub(super) fn hook(direction: Direction) -> TcAttachType {
-    match direction {
-        Direction::Ingress => TcAttachType::Egress,
-        Direction::Egress => TcAttachType::Ingress,
     }
 }

@@ -11,20 +11,16 @@ use aya::programs::{Link as _, ProgramError, SchedClassifier, tc};
 use aya::util::KernelVersion;
 use nix::errno::Errno;
 use nix::net::if_::if_indextoname;
-use sg_common::abi::Direction;
 
-use super::attach::hook;
+use super::attach::Point;
 
 /// The first to decide.
 const PRIORITY: u16 = 1;
-/// The filter's number within its priority; others that come first, too, start counting at 1. ("SG")
-const HANDLE: TcHandle = TcHandle::new(0, 0x5347);
-
 /// A filter on one direction of a link.
 #[derive(Debug)]
 pub struct Filter {
     ifindex: u32,
-    direction: Direction,
+    point: Point,
     /// Where its program is pinned; without, it goes with this value.
     pin: Option<PathBuf>,
 }
@@ -41,7 +37,7 @@ impl Filter {
         program: &mut SchedClassifier,
         ifindex: u32,
         name: &str,
-        direction: Direction,
+        point: Point,
         pin: Option<PathBuf>,
     ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
         match tc::qdisc_add_clsact(name) {
@@ -52,16 +48,16 @@ impl Filter {
         if let Some(pin) = &pin {
             pin_in_place(program, pin)?;
         }
-        let id = match program.attach_to_link(link(name, direction)?) {
+        let id = match program.attach_to_link(link(name, point)?) {
             Err(error) if is_absent(&error) => {
-                let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
-                program.attach_with_options(name, hook(direction), TcAttachOptions::Netlink(options))?
+                let options = NlOptions { priority: PRIORITY, handle: handle(point), classid: None };
+                program.attach_with_options(name, point.hook(), TcAttachOptions::Netlink(options))?
             }
             replaced => replaced?,
         };
         // aya's value would take the filter off when dropped. It is only numbers, so nothing leaks.
         mem::forget(program.take_link(id)?);
-        Ok(Self { ifindex, direction, pin })
+        Ok(Self { ifindex, point, pin })
     }
 
     /// Takes it off, and its pin away.
@@ -70,7 +66,7 @@ impl Filter {
             // `drop` does it.
             None => Ok(()),
             Some(pin) => {
-                let removed = remove(self.ifindex, self.direction);
+                let removed = remove(self.ifindex, self.point);
                 super::pins::remove(&pin)?;
                 removed
             }
@@ -81,7 +77,7 @@ impl Filter {
 impl Drop for Filter {
     fn drop(&mut self) {
         if self.pin.is_none()
-            && let Err(error) = remove(self.ifindex, self.direction)
+            && let Err(error) = remove(self.ifindex, self.point)
         {
             tracing::warn!(link = self.ifindex, %error, "cannot take a filter off");
         }
@@ -89,16 +85,25 @@ impl Drop for Filter {
 }
 
 /// Removes the filter on one direction of a link, if both are still there.
-pub fn remove(ifindex: u32, direction: Direction) -> io::Result<()> {
+pub fn remove(ifindex: u32, point: Point) -> io::Result<()> {
     let Ok(name) = if_indextoname(ifindex) else { return Ok(()) };
-    match link(&name.to_string_lossy(), direction)?.detach() {
+    match link(&name.to_string_lossy(), point)?.detach() {
         Err(error) if !is_absent(&error) => Err(io::Error::other(error.to_string())),
         _ => Ok(()),
     }
 }
 
-fn link(name: &str, direction: Direction) -> io::Result<SchedClassifierLink> {
-    SchedClassifierLink::attached(name, hook(direction), PRIORITY, HANDLE, None)
+fn link(name: &str, point: Point) -> io::Result<SchedClassifierLink> {
+    SchedClassifierLink::attached(name, point.hook(), PRIORITY, handle(point), None)
+}
+
+/// The filter's number within its priority; others that come first, too, start counting at 1. ("SG", "SH": a routed
+/// instance's link may have one of each.)
+fn handle(point: Point) -> TcHandle {
+    match point {
+        Point::Instance(_) => TcHandle::new(0, 0x5347),
+        Point::Published => TcHandle::new(0, 0x5348),
+    }
 }
 
 /// ENOENT: no such filter; EINVAL: no qdisc that it could be in; ENODEV: no such link.

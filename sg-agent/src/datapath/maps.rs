@@ -7,7 +7,7 @@ use aya::maps::lpm_trie::LpmTrie;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use sg_common::abi::{
     self, Cidr4Key, Cidr6Key, Config, Count, Direction, ExemptKey, Flow, FlowKey, Interface, Member, MemberKey, OwnKey,
-    Policy, PortKey, ReasonKey, ReferenceKey,
+    Policy, PortKey, PublishedKey, PublishedPort, ReasonKey, ReferenceKey,
 };
 use sg_common::verdict::Pass;
 
@@ -33,6 +33,8 @@ pub struct Maps {
     pub ports: LpmTrie<MapData, PortKey, u32>,
     /// Cells.
     pub matrix: MappedWords,
+    /// The map behind `matrix`: programs that are loaded later refer to it.
+    _matrix_map: MapData,
     /// Rows by group.
     pub references: HashMap<MapData, ReferenceKey, u32>,
     /// Groups by address.
@@ -41,6 +43,9 @@ pub struct Maps {
     pub secondaries: HashMap<MapData, OwnKey, u32>,
     /// Services that nothing filters.
     pub exempt: HashMap<MapData, ExemptKey, u32>,
+    /// Published ports, by where clients reach them.
+    pub published: HashMap<MapData, PublishedKey, PublishedPort>,
+    denied: PerCpuArray<MapData, u64>,
     /// Tracked flows.
     pub flows: HashMap<MapData, FlowKey, Flow>,
     established: PerCpuArray<MapData, Count>,
@@ -72,10 +77,13 @@ impl Maps {
             cidrs6: typed(ebpf, "CIDRS6")?,
             ports: typed(ebpf, "PORTS")?,
             matrix: mapped(&matrix_map, "MATRIX", abi::MATRIX_WORDS)?,
+            _matrix_map: matrix_map,
             references: typed(ebpf, "REFERENCES")?,
             members: typed(ebpf, "MEMBERS")?,
             secondaries: typed(ebpf, "SECONDARIES")?,
             exempt: typed(ebpf, "EXEMPT")?,
+            published: typed(ebpf, "PUBLISHED")?,
+            denied: typed(ebpf, "DENIED")?,
             flows: typed(ebpf, "FLOWS")?,
             established: typed(ebpf, "ESTABLISHED")?,
             reasons: typed(ebpf, "REASONS")?,
@@ -120,6 +128,23 @@ impl Maps {
             }
         }
         Ok(counters)
+    }
+
+    /// Packets to the published port of this number that the programs have denied.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn denied(&self, number: u32) -> Result<u64, MapError> {
+        Ok(self.denied.get(&number, 0)?.iter().sum())
+    }
+
+    /// Starts a published port's count anew.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn forget_denied(&mut self, number: u32) -> Result<(), MapError> {
+        let zeros = vec![0; self.denied.get(&number, 0)?.len()];
+        self.denied.set(number, PerCpuValues::try_from(zeros).map_err(MapError::IoError)?, 0)
     }
 
     /// Removes every flow and count of an interface that is no more, before its number is given to another.

@@ -6,16 +6,19 @@
 //! and carried over, so an agent that dies or is replaced cuts nothing.
 
 mod attach;
+mod btf;
 mod drops;
 mod filter;
 mod mapped;
 mod maps;
 mod pins;
+mod published;
 mod trial;
 
 pub use attach::Hook;
 pub use maps::{Maps, absent_is_fine};
 pub use pins::{DetachReport, Pins};
+pub use published::{Watch, Way};
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -38,6 +41,11 @@ pub enum DatapathError {
         "cannot load the eBPF programs: {0}; run as root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON) on Linux 6.1 or later"
     )]
     Load(#[from] EbpfError),
+    /// The kernel doesn't describe its types.
+    #[error(
+        "cannot tell where the kernel keeps a packet's checksum: {0}; sg-agent needs a kernel with CONFIG_DEBUG_INFO_BTF"
+    )]
+    Btf(std::io::Error),
     /// The verifier refused a program.
     #[error("cannot load the eBPF program '{program}': {error}")]
     Program {
@@ -118,6 +126,8 @@ impl Datapath {
         let mut loader = EbpfLoader::new();
         let level = if log_drops { drops::LEVEL } else { 0 };
         loader.override_global(aya_log::LEVEL, &level, true);
+        let skb = btf::skb_layout().map_err(DatapathError::Btf)?;
+        loader.override_global("SKB", &skb, true);
         let (mut earlier, mut lock) = (None, None);
         if let Some(pins) = &pins {
             let has_flows;
@@ -125,6 +135,8 @@ impl Datapath {
             if has_flows {
                 earlier = pins.earlier().map(|(interfaces, epoch)| Earlier { interfaces, epoch });
             }
+            let published = pins.remove_published();
+            published.map_err(|error| DatapathError::Pins { path: pins.directory().to_owned(), error })?;
             for (name, path) in pins.shared_maps() {
                 loader.map_pin_path(name, path);
             }

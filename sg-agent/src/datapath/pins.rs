@@ -13,6 +13,7 @@ use aya::maps::{Array, Map, MapData};
 use sg_common::abi::{self, Binding, Direction, Interface};
 
 use super::DatapathError;
+use super::attach::Point;
 use super::filter::{self, has_tcx};
 
 /// The maps that packets write: a new set of programs goes on with them.
@@ -42,6 +43,10 @@ impl Pins {
     /// The directory, which need not exist yet. Its parent must be on bpffs.
     pub fn new(directory: impl Into<PathBuf>) -> Self {
         Self { directory: directory.into() }
+    }
+
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// Makes the directory, takes it, and drops the maps of other layouts. Whether there are flows to carry over.
@@ -126,7 +131,8 @@ impl Pins {
 
     /// Whether a program is pinned for this direction of a link.
     pub fn has_link(&self, ifindex: u32) -> bool {
-        [Direction::Ingress, Direction::Egress].iter().all(|&direction| self.link(ifindex, direction).exists())
+        let both = [Direction::Ingress, Direction::Egress].map(Point::Instance);
+        both.iter().all(|&point| self.link(ifindex, point).exists())
     }
 
     /// Takes the programs off a link that nobody holds any more. Whether there were any.
@@ -134,24 +140,38 @@ impl Pins {
     /// # Errors
     /// The first that was met.
     pub fn remove_link(&self, ifindex: u32) -> io::Result<bool> {
-        let one = remove_attachment(&self.link(ifindex, Direction::Ingress));
-        let other = remove_attachment(&self.link(ifindex, Direction::Egress));
+        let one = remove_attachment(&self.link(ifindex, Point::Instance(Direction::Ingress)));
+        let other = remove_attachment(&self.link(ifindex, Point::Instance(Direction::Egress)));
         Ok(one? | other?)
     }
 
-    /// Where the link of one direction of a host-side link is pinned.
-    pub(super) fn link(&self, ifindex: u32, direction: Direction) -> PathBuf {
-        self.directory.join("links").join(format!("{ifindex}-{}", direction_name(direction)))
+    /// Where what sits on a link is pinned.
+    pub(super) fn link(&self, ifindex: u32, point: Point) -> PathBuf {
+        self.directory.join("links").join(format!("{ifindex}-{}", point_name(point)))
     }
 
-    /// The indices of the links that have something pinned.
+    /// Takes off what a killed agent left at the links of published ports: filters, which outlive who made them.
+    ///
+    /// # Errors
+    /// The first that was met.
+    pub(super) fn remove_published(&self) -> io::Result<()> {
+        for path in list(&self.directory.join("links"))? {
+            if let Some((_, Point::Published)) = attachment(&path) {
+                remove_attachment(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The indices of the instances' links that have something pinned.
     ///
     /// # Errors
     /// Those of reading the directory; one that isn't there has none.
     pub fn attached(&self) -> io::Result<Vec<u32>> {
         let mut indices = Vec::new();
         for name in list(&self.directory.join("links"))? {
-            indices.extend(attachment(&name).map(|(ifindex, _)| ifindex));
+            let found = attachment(&name).filter(|(_, point)| matches!(point, Point::Instance(_)));
+            indices.extend(found.map(|(ifindex, _)| ifindex));
         }
         indices.sort_unstable();
         indices.dedup();
@@ -196,29 +216,29 @@ impl DetachReport {
     }
 }
 
-fn direction_name(direction: Direction) -> &'static str {
-    match direction {
-        Direction::Ingress => "ingress",
-        Direction::Egress => "egress",
+fn point_name(point: Point) -> &'static str {
+    match point {
+        Point::Instance(Direction::Ingress) => "ingress",
+        Point::Instance(Direction::Egress) => "egress",
+        Point::Published => "published",
     }
 }
 
-/// The link and direction that a file in `links` stands for.
-fn attachment(path: &Path) -> Option<(u32, Direction)> {
+/// The link and place that a file in `links` stands for.
+fn attachment(path: &Path) -> Option<(u32, Point)> {
     let (ifindex, name) = path.file_name()?.to_str()?.split_once('-')?;
-    let direction =
-        [Direction::Ingress, Direction::Egress].into_iter().find(|&direction| direction_name(direction) == name)?;
-    Some((ifindex.parse().ok()?, direction))
+    let point = Point::ALL.into_iter().find(|&point| point_name(point) == name)?;
+    Some((ifindex.parse().ok()?, point))
 }
 
 /// Removes a file of `links`, and the program from the link with it; whether there was one. A TCX link ends with its
 /// last reference, a filter doesn't.
 fn remove_attachment(path: &Path) -> io::Result<bool> {
-    if let Some((ifindex, direction)) = attachment(path)
+    if let Some((ifindex, point)) = attachment(path)
         && !has_tcx()
         && path.exists()
     {
-        filter::remove(ifindex, direction)?;
+        filter::remove(ifindex, point)?;
     }
     remove(path)
 }

@@ -194,7 +194,11 @@ mod tests {
         let claim = claim.expect("a claim");
         assert_eq!(problems, Vec::<String>::new());
         assert_eq!(claim.enis, [Some(EniId::from("eni-a")), None, Some(EniId::from("eni-c"))]);
-        let ports = [(32022, 22), (8080, 80)].map(|(host_port, port)| PublishSpec { host_port, port });
+        let ports = [(32022, 22), (8080, 80)].map(|(host_port, port)| PublishSpec {
+            host_port,
+            port,
+            transport: crate::proxy::Transport::Tcp,
+        });
         assert_eq!(claim.publish, ports);
     }
 

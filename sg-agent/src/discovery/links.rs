@@ -65,6 +65,7 @@ fn visit(containers: &[Claimed], specs: &[AttachSpec]) -> io::Result<Discovered>
         if !picture.unsettled || attempt == ATTEMPTS {
             picture.found.containers = containers.iter().map(|container| container.id.clone()).collect();
             picture.found.links = picture.host.links.keys().copied().collect();
+            picture.found.host_links = picture.host.host_links();
             return Ok(picture.finish());
         }
         attempt += 1;

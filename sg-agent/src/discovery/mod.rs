@@ -136,6 +136,21 @@ pub struct Discovered {
     pub containers: BTreeSet<String>,
     /// The indices of all links in the agent's own network namespace.
     pub links: BTreeSet<u32>,
+    /// Those of them that have addresses, by which the host is reached.
+    pub host_links: Vec<HostLink>,
+}
+
+/// A link by which this host is reached.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct HostLink {
+    /// The link.
+    pub link: Link,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Whether its frames have Ethernet headers; loopback's have.
+    pub is_ethernet: bool,
+    /// Whether it is a card with a driver, or what a VM has for one: nothing that the kernel makes up.
+    pub is_hardware: bool,
 }
 
 impl Discovered {

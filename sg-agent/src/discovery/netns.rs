@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use nix::sched::{CloneFlags, setns};
 
 use super::netlink::{AddressRow, GatewayRow, LinkRow, Netlink};
+use super::{HostLink, Link};
 
 /// What makes a namespace itself: device and inode of its file.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -80,6 +81,17 @@ impl Snapshot {
             push_new(&mut addresses, row.address);
         }
         addresses
+    }
+
+    /// The links that have addresses. A bridge's port may have one, but what comes by it is the bridge's.
+    pub(super) fn host_links(&self) -> Vec<HostLink> {
+        let reached = self.links.values().filter(|row| row.master.is_none()).map(|row| HostLink {
+            link: Link { ifindex: row.index, name: row.name.clone() },
+            addresses: self.addresses_of(row.index),
+            is_ethernet: row.loopback || row.mac.is_some(),
+            is_hardware: row.kind.is_none() && !row.loopback && row.mac.is_some(),
+        });
+        reached.filter(|link| !link.addresses.is_empty()).collect()
     }
 
     /// The prefixes that a link's addresses make on-link; a single address is none.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use crate::apply::Snapshot;
 use crate::model::{InstanceId, Traffic, Warning};
-use crate::proxy::PublishSpec;
+use crate::proxy::{PublishSpec, Transport};
 use crate::resolve::{Peers, Spec};
 
 /// Right below the ports that Linux gives to clients (`net.ipv4.ip_local_port_range`).
@@ -109,6 +109,7 @@ impl Ports {
             bind: None,
             host_port,
             port,
+            transport: Transport::Tcp,
         };
         all.flat_map(|(instance, given)| given.iter().map(move |pair| spec(instance, pair))).collect()
     }

@@ -17,9 +17,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::counters::{Counts, PortCounters};
+use super::freshness::Freshness;
 use super::publish::Published;
 use super::splice::{self, Pipes};
-use super::{CONNECT_TIMEOUT, Deny, OnRevoke, Place, Settings};
+use super::{CONNECT_TIMEOUT, OnRevoke, Place, Settings};
 use crate::apply::Snapshot;
 use crate::decide::admits;
 
@@ -28,6 +29,7 @@ use crate::decide::admits;
 pub struct Service {
     pub settings: Settings,
     pub snapshots: watch::Receiver<Arc<Snapshot>>,
+    pub freshness: Freshness,
     pub pipes: Arc<Pipes>,
     pub connections: TaskTracker,
     pub reset: CancellationToken,
@@ -86,6 +88,7 @@ impl Port {
     /// Serves one client from its first byte to its last.
     pub async fn serve(&self, stream: TcpStream, client: SocketAddr) {
         let mut snapshots = self.service.snapshots.clone();
+        self.service.freshness.renew().await;
         let judged = self.check(&snapshots.borrow_and_update(), client.ip());
         self.note_presence(judged != Err(Refusal::Gone));
         let (place, pass) = match judged {
@@ -93,7 +96,7 @@ impl Port {
             Err(refusal) => {
                 self.counts.refused.fetch_add(1, Relaxed);
                 tracing::debug!(port = %self.published, %client, reason = %refusal, "refused");
-                return refuse(stream, self.service.settings.deny);
+                return reset(stream);
             }
         };
         self.counts.accepted.fetch_add(1, Relaxed);
@@ -183,13 +186,6 @@ fn ends(on_revoke: OnRevoke, pass: Pass, refusal: Refusal) -> bool {
         (OnRevoke::Aws, Refusal::Denied(Drop::Acl)) => true,
         // What is left of it ends with the instance's own sockets.
         (OnRevoke::Aws, Refusal::Gone | Refusal::Denied(_)) => false,
-    }
-}
-
-/// Turns a client away, in the way that was asked for.
-fn refuse(stream: TcpStream, deny: Deny) {
-    match deny {
-        Deny::Reject => reset(stream),
     }
 }
 

@@ -15,6 +15,10 @@ pub struct PortCounters {
     pub host_port: u16,
     /// The instance's port.
     pub port: u16,
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    /// Packets that were denied before the proxy heard of them: a client that times out sends several.
+    pub denied_early: u64,
     /// Connections that the rules let through.
     pub accepted: u64,
     /// Connections that they didn't, or whose instance isn't attached.
@@ -56,6 +60,8 @@ impl Counts {
             instance: published.instance.to_string(),
             host_port: published.host_port,
             port: published.port,
+            protocol: published.transport.name().into(),
+            denied_early: 0,
             accepted: self.accepted.load(Relaxed),
             refused: self.refused.load(Relaxed),
             failed: self.failed.load(Relaxed),

@@ -7,6 +7,7 @@
 
 mod connection;
 mod counters;
+mod freshness;
 mod listener;
 mod publish;
 mod splice;
@@ -22,9 +23,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use counters::PortCounters;
-pub use publish::{DEFAULT_BIND, InvalidPublish, PublishSpec, Published};
+pub use freshness::Freshness;
+pub use publish::{DEFAULT_BIND, InvalidPublish, PublishSpec, Published, Transport};
 
-use crate::apply::Snapshot;
+use crate::apply::{Enforced, Snapshot};
 use crate::model::Warning;
 use connection::{Port, Service};
 
@@ -37,14 +39,14 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// What a denied client sees (SG-7.1).
 ///
 /// The proxy gets to know a connection when its handshake is over, which is too late for silence: a connection that
-/// is open and never answers is neither what AWS shows nor what a closed port does. Dropping comes before the
-/// handshake, from a program at the published port that looks into the same maps; it will be a variant here, with
-/// which whatever reaches the proxy nevertheless is still reset.
-#[non_exhaustive]
+/// is open and never answers is neither what AWS shows nor what a closed port does. So it is the programs of `early`
+/// that keep the promise, before the handshake; whatever reaches the proxy nevertheless is reset, either way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Deny {
-    /// The connection is reset at once.
+    /// Nothing: the connect times out.
     #[default]
+    Drop,
+    /// A reset: the connection is refused. Datagrams have none, and vanish.
     Reject,
 }
 
@@ -63,7 +65,6 @@ pub enum OnRevoke {
 struct Settings {
     /// The `SO_MARK` of connections to instances; 0 for none.
     mark: u32,
-    deny: Deny,
     on_revoke: OnRevoke,
     max_connections: usize,
 }
@@ -73,6 +74,7 @@ struct Settings {
 pub struct Proxy {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     settings: Settings,
+    freshness: Freshness,
     pipes: Arc<splice::Pipes>,
     ports: BTreeMap<Published, Open>,
     connections: TaskTracker,
@@ -84,17 +86,29 @@ pub struct Proxy {
 #[derive(Debug)]
 struct Open {
     port: Arc<Port>,
-    sockets: BTreeMap<SocketAddr, Listening>,
+    sockets: BTreeMap<SocketAddr, Listener>,
 }
 
-/// A listening socket and the task that has it.
+/// A socket that is listened on.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Listening {
+    /// Its address.
+    pub at: SocketAddr,
+    /// Whether IPv4 clients come by it too.
+    pub is_dual_stack: bool,
+    /// For which port.
+    pub published: Published,
+}
+
+/// A listening socket's task.
 #[derive(Debug)]
-struct Listening {
+struct Listener {
+    is_dual_stack: bool,
     close: CancellationToken,
     task: JoinHandle<()>,
 }
 
-impl Listening {
+impl Listener {
     /// Returns when the socket is closed.
     async fn close(self) {
         self.close.cancel();
@@ -109,11 +123,11 @@ impl Proxy {
     /// ([`sg_common::abi::Config::proxy_mark`]), so that they aren't judged a second time by the bridge's address; 0
     /// for none. Another mark than 0 needs CAP_NET_ADMIN.
     pub fn new(snapshots: watch::Receiver<Arc<Snapshot>>, mark: u32) -> Self {
-        let settings =
-            Settings { mark, deny: Deny::default(), on_revoke: OnRevoke::default(), max_connections: MAX_CONNECTIONS };
+        let settings = Settings { mark, on_revoke: OnRevoke::default(), max_connections: MAX_CONNECTIONS };
         Self {
             snapshots,
             settings,
+            freshness: Freshness::default(),
             pipes: Arc::default(),
             ports: BTreeMap::new(),
             connections: TaskTracker::new(),
@@ -121,17 +135,17 @@ impl Proxy {
         }
     }
 
-    /// What denied clients see. For ports that are opened from now on.
-    #[must_use]
-    pub fn deny(mut self, deny: Deny) -> Self {
-        self.settings.deny = deny;
-        self
-    }
-
     /// What a revoke does to live connections. For ports that are opened from now on.
     #[must_use]
     pub fn on_revoke(mut self, on_revoke: OnRevoke) -> Self {
         self.settings.on_revoke = on_revoke;
+        self
+    }
+
+    /// Where connections have stale rules read anew. For ports that are opened from now on.
+    #[must_use]
+    pub fn fresh(mut self, freshness: Freshness) -> Self {
+        self.freshness = freshness;
         self
     }
 
@@ -170,6 +184,7 @@ impl Proxy {
                 let service = Service {
                     settings: self.settings,
                     snapshots: self.snapshots.clone(),
+                    freshness: self.freshness.clone(),
                     pipes: Arc::clone(&self.pipes),
                     connections: self.connections.clone(),
                     reset: self.reset.clone(),
@@ -189,11 +204,12 @@ impl Proxy {
                 warnings.push(Warning { subject: published.to_string(), problem });
                 continue;
             }
-            match listener::bind(socket, is_dual_stack(socket, wanted)) {
+            let is_dual_stack = is_dual_stack(socket, wanted);
+            match listener::bind(socket, is_dual_stack) {
                 Ok(listener) => {
                     let close = CancellationToken::new();
                     let task = tokio::spawn(listener::run(listener, Arc::clone(&port), close.clone()));
-                    opened.push((socket, Listening { close, task }));
+                    opened.push((socket, Listener { is_dual_stack, close, task }));
                 }
                 Err(error) if listener::is_no_such_loopback(socket, &error) && published.bind.len() > 1 => {
                     tracing::debug!(port = %published, %socket, %error, "this host has no such loopback address");
@@ -217,9 +233,21 @@ impl Proxy {
         self.ports.iter().find(|(_, open)| open.sockets.contains_key(&socket)).map(|(published, _)| published)
     }
 
+    /// The sockets that are listened on now.
+    pub fn listening(&self) -> Vec<Listening> {
+        let sockets = self.ports.iter().flat_map(|(published, open)| {
+            open.sockets.iter().map(|(&at, listener)| Listening {
+                at,
+                is_dual_stack: listener.is_dual_stack,
+                published: published.clone(),
+            })
+        });
+        sockets.collect()
+    }
+
     /// What every published port has seen since it was opened.
-    pub fn counters(&self) -> Vec<PortCounters> {
-        self.ports.values().map(|open| open.port.counters()).collect()
+    pub fn counters(&self) -> Vec<(&Published, PortCounters)> {
+        self.ports.iter().map(|(published, open)| (published, open.port.counters())).collect()
     }
 
     /// Closes all listeners, waits for connections to end by themselves, and resets those that haven't within `grace`.
@@ -255,25 +283,24 @@ fn is_dual_stack(socket: SocketAddr, wanted: &BTreeSet<Published>) -> bool {
 
 /// Where a snapshot has an instance: the link of its primary interface, and the address to connect to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Place {
-    ifindex: u32,
-    address: IpAddr,
+pub struct Place {
+    /// The host-side link's index.
+    pub ifindex: u32,
+    /// The instance's address there.
+    pub address: IpAddr,
 }
 
 impl Place {
-    /// The primary interface is the first that is enforced: those that the control plane knows go before the others,
-    /// older links before younger ones. Its first IPv4 address, or else its first IPv6 one, is where it is reached.
-    fn of(snapshot: &Snapshot, published: &Published) -> Option<Self> {
-        let candidates = snapshot.interfaces.iter().filter_map(|(&ifindex, enforced)| {
-            let interface = &enforced.interface;
-            if !enforced.attached || interface.instance != published.instance {
-                return None;
-            }
-            let own = |is_wanted: fn(&IpAddr) -> bool| interface.addresses.iter().copied().find(is_wanted);
-            let address = own(IpAddr::is_ipv4).or_else(|| own(is_routed_v6))?;
-            Some((interface.eni.is_none(), Self { ifindex, address }))
-        });
-        candidates.min_by_key(|&(is_unknown, place)| (is_unknown, place.ifindex)).map(|(_, place)| place)
+    /// The first of [`Snapshot::interfaces_of`] that is attached and has an address: its first IPv4 address, or else its
+    /// first IPv6 one, is where it is reached.
+    pub fn of(snapshot: &Snapshot, published: &Published) -> Option<Self> {
+        snapshot.interfaces_of(&published.instance).into_iter().filter(|(_, enforced)| enforced.attached).find_map(
+            |(ifindex, Enforced { interface, .. })| {
+                let own = |is_wanted: fn(&IpAddr) -> bool| interface.addresses.iter().copied().find(is_wanted);
+                let address = own(IpAddr::is_ipv4).or_else(|| own(is_routed_v6))?;
+                Some(Self { ifindex, address })
+            },
+        )
     }
 }
 

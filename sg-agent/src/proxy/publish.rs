@@ -4,12 +4,63 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
+use sg_common::packet::{TCP, UDP};
+
 use crate::model::InstanceId;
 
 /// Where a port is published when nothing else is said: for this host's own clients only.
 pub const DEFAULT_BIND: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
 
-/// `INSTANCE_ID:[ADDR:]HOST_PORT=PORT`, as `--publish` takes it.
+/// What a published port carries.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, serde::Serialize)]
+pub enum Transport {
+    /// Connections.
+    #[default]
+    Tcp,
+    /// Datagrams.
+    Udp,
+}
+
+impl Transport {
+    /// Its number in packets and rules.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => TCP,
+            Self::Udp => UDP,
+        }
+    }
+
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+
+    /// Takes `/tcp` or `/udp` off the end of a published port's text; without either it is TCP.
+    ///
+    /// # Errors
+    /// What follows the slash.
+    pub fn split(text: &str) -> Result<(&str, Self), &str> {
+        match text.rsplit_once('/') {
+            None => Ok((text, Self::Tcp)),
+            Some((port, "tcp")) => Ok((port, Self::Tcp)),
+            Some((port, "udp")) => Ok((port, Self::Udp)),
+            Some((_, other)) => Err(other),
+        }
+    }
+
+    /// What is written behind a port.
+    const fn suffix(self) -> &'static str {
+        match self {
+            Self::Tcp => "",
+            Self::Udp => "/udp",
+        }
+    }
+}
+
+/// `INSTANCE_ID:[ADDR:]HOST_PORT=PORT[/udp]`, as `--publish` takes it.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct PublishSpec {
     /// Whose port.
@@ -20,6 +71,8 @@ pub struct PublishSpec {
     pub host_port: u16,
     /// The instance's port.
     pub port: u16,
+    /// What it carries.
+    pub transport: Transport,
 }
 
 /// A published port that can't be read.
@@ -35,7 +88,7 @@ pub struct InvalidPublish {
 }
 
 impl PublishSpec {
-    /// Reads `[ADDR:]HOST_PORT=PORT`, as a container's label has it, whose instance is known.
+    /// Reads `[ADDR:]HOST_PORT=PORT[/udp]`, as a container's label has it, whose instance is known.
     ///
     /// # Errors
     /// What is wrong with it, and how it is to be written.
@@ -57,8 +110,10 @@ impl PublishSpec {
         };
         let bind = address.map(read_address).transpose()?;
         let host_port = read_port("host port", host_port)?;
+        let split = Transport::split(inside);
+        let (inside, transport) = split.map_err(|other| format!("'{other}' is neither tcp nor udp"))?;
         let port = read_port("instance's port", inside)?;
-        Ok(Self { instance, bind, host_port, port })
+        Ok(Self { instance, bind, host_port, port, transport })
     }
 }
 
@@ -108,6 +163,8 @@ pub struct Published {
     pub host_port: u16,
     /// The instance's port.
     pub port: u16,
+    /// What it carries.
+    pub transport: Transport,
 }
 
 impl Published {
@@ -120,13 +177,13 @@ impl Published {
 impl From<PublishSpec> for Published {
     fn from(spec: PublishSpec) -> Self {
         let bind = spec.bind.map_or_else(|| DEFAULT_BIND.to_vec(), |address| vec![address]);
-        Self { instance: spec.instance, bind, host_port: spec.host_port, port: spec.port }
+        Self { instance: spec.instance, bind, host_port: spec.host_port, port: spec.port, transport: spec.transport }
     }
 }
 
 impl fmt::Display for Published {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}={}", self.instance, self.host_port, self.port)
+        write!(f, "{}:{}={}{}", self.instance, self.host_port, self.port, self.transport.suffix())
     }
 }
 
@@ -141,6 +198,10 @@ mod tests {
         assert_eq!((plain.host_port, plain.port), (32022, 22));
         assert_eq!(plain.instance, InstanceId::from("i-1"));
         assert_eq!(plain.bind, DEFAULT_BIND);
+        assert_eq!(plain.transport, Transport::Tcp);
+        assert_eq!(read("i-1:32022=22/tcp"), plain);
+        let udp = read("i-1:5353=53/udp");
+        assert_eq!((udp.transport, udp.port, udp.to_string().as_str()), (Transport::Udp, 53, "i-1:5353=53/udp"));
         assert_eq!(read("i-1:0.0.0.0:80=8080").bind, [IpAddr::V4(Ipv4Addr::UNSPECIFIED)]);
         let six = read("i-1:[2001:db8::1]:80=8080");
         assert_eq!(six.sockets().map(|socket| socket.to_string()).collect::<Vec<_>>(), ["[2001:db8::1]:80"]);
@@ -156,6 +217,7 @@ mod tests {
             ("i-1:32022", "no '='"),
             ("i-1:32022=ssh", "'ssh'"),
             ("i-1:32022=", "instance's port ''"),
+            ("i-1:32022=22/sctp", "'sctp' is neither tcp nor udp"),
             ("i-1:0=22", "host port '0'"),
             ("i-1:70000=22", "'70000'"),
             ("i-1:-1=22", "'-1'"),

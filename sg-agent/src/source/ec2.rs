@@ -21,6 +21,7 @@ use super::answer::{
 };
 use super::client::{Client, Parameters};
 use super::convert::{self, Facts};
+use super::corrections::{Corrections, ModifiedRule};
 use super::quirks::{self, Quirks};
 use super::rule_ids::RuleIds;
 use super::settings::{Ec2Options, Settings};
@@ -48,6 +49,7 @@ pub struct Ec2 {
     learnt: OnceLock<Scope>,
     told_of_default_groups: AtomicBool,
     rule_ids: RuleIds,
+    corrections: Corrections,
     vpcs: Mutex<BTreeMap<String, wire::Vpc>>,
 }
 
@@ -70,6 +72,7 @@ impl Ec2 {
             learnt: OnceLock::new(),
             told_of_default_groups: AtomicBool::new(false),
             rule_ids: RuleIds::default(),
+            corrections: Corrections::default(),
             vpcs: Mutex::default(),
         })
     }
@@ -77,6 +80,24 @@ impl Ec2 {
     /// The endpoint's URL.
     pub fn endpoint(&self) -> String {
         self.client.url()
+    }
+
+    /// Whether it isn't AWS itself.
+    pub fn is_emulator(&self) -> bool {
+        self.emulator
+    }
+
+    /// Rules were modified so, whatever an emulator will show.
+    pub fn note_modified(&self, rules: Vec<ModifiedRule>) {
+        if self.emulator {
+            self.corrections.note(rules);
+        }
+    }
+
+    /// The endpoint may have begun anew, with the same ids for other things.
+    pub fn forget(&self) {
+        self.corrections.forget();
+        self.known_vpcs().clear();
     }
 
     /// The account and region. Without `account` among the options it is the owner of what the first inventory held,
@@ -89,8 +110,15 @@ impl Ec2 {
     pub async fn inventory(&self, wanted: &Wanted) -> Result<Inventory, SourceError> {
         let mut facts = match &wanted.instances {
             None => self.everything().await?,
-            Some(instances) => self.of(instances.iter().map(|id| id.to_string()).collect()).await?,
+            Some(instances) => {
+                let text = |ids: &mut dyn Iterator<Item = String>| ids.collect::<BTreeSet<_>>();
+                let instances = text(&mut instances.iter().map(ToString::to_string));
+                self.of(instances, text(&mut wanted.groups.iter().map(ToString::to_string))).await?
+            }
         };
+        if let Some(what) = facts.contradiction() {
+            return Err(SourceError::Contradiction { source_name: self.endpoint(), what });
+        }
         facts.own_groups = self.own_groups(&facts).await?;
         self.learn_account(&facts);
         let inventory = facts.inventory(self.quirks);
@@ -126,7 +154,7 @@ impl Ec2 {
     }
 
     /// The wanted instances first, then their groups, then what those refer to: three rounds, whatever else is there.
-    async fn of(&self, mut instances: BTreeSet<String>) -> Result<Facts, SourceError> {
+    async fn of(&self, mut instances: BTreeSet<String>, elsewhere: BTreeSet<String>) -> Result<Facts, SourceError> {
         if instances.is_empty() {
             // Still asked, so that an endpoint that doesn't answer is known before anybody depends on it.
             instances.insert(NOBODY.to_owned());
@@ -145,7 +173,8 @@ impl Ec2 {
             optional(self.filtered::<DescribeNetworkAcls>("association.subnet-id", &in_subnets)),
         )?;
 
-        let (referred, lists) = references(&groups, rules.as_deref());
+        let (mut referred, lists) = references(&groups, rules.as_deref());
+        referred.extend(elsewhere.iter().cloned());
         let unread: BTreeSet<String> = referred.difference(&in_groups).cloned().collect();
         // Moto's filter on interfaces matches their own groups, the one on instances matches the instance's: members
         // by either are members.
@@ -159,7 +188,7 @@ impl Ec2 {
         let hosts = unlisted_hosts(&interfaces, &reservations);
         let (hosts, peerings) = tokio::try_join!(
             self.filtered::<DescribeInstances>("instance-id", &hosts),
-            self.peerings_between(&groups, &others),
+            self.peerings_between(&groups, &others, &referred),
         )?;
         add_reservations(&mut reservations, hosts);
 
@@ -217,7 +246,8 @@ impl Ec2 {
         match rules {
             Err(error) if is_unsupported(&error) => Ok((groups, None)),
             rules => {
-                let rules = self.rule_ids.update(&groups, &to_read, rules?, now);
+                let mut rules = self.rule_ids.update(&groups, &to_read, rules?, now);
+                self.corrections.apply(&mut rules);
                 Ok((groups, Some(rules)))
             }
         }
@@ -233,14 +263,18 @@ impl Ec2 {
         try_join_all(with_entries).await
     }
 
-    /// Peering matters only to a reference into another VPC (SG-1.12).
+    /// Peering matters only to a reference into another VPC (SG-1.12): of this account, or of another, whose groups
+    /// aren't listed here.
     async fn peerings_between(
         &self,
         groups: &[wire::SecurityGroup],
         others: &[wire::SecurityGroup],
+        referred: &BTreeSet<String>,
     ) -> Result<Vec<wire::Peering>, SourceError> {
-        let vpcs: BTreeSet<&str> = groups.iter().chain(others).map(|group| group.vpc.as_str()).collect();
-        if vpcs.len() < 2 {
+        let listed = || groups.iter().chain(others);
+        let vpcs: BTreeSet<&str> = listed().map(|group| group.vpc.as_str()).collect();
+        let ids: BTreeSet<&str> = listed().map(|group| group.id.as_str()).collect();
+        if vpcs.len() < 2 && referred.iter().all(|group| ids.contains(group.as_str())) {
             return Ok(Vec::new());
         }
         let active = BTreeSet::from(["active".to_owned()]);

@@ -69,7 +69,11 @@ impl RulesFile {
         if !documents.iter().any(Document::says_something) {
             return Err(SourceError::EmptyFile { path: path.to_owned(), expected: KEYS });
         }
-        Ok(facts(documents).inventory(Quirks::default()))
+        let facts = facts(documents);
+        match facts.contradiction() {
+            Some(what) => Err(SourceError::Contradiction { source_name: path.display().to_string(), what }),
+            None => Ok(facts.inventory(Quirks::default())),
+        }
     }
 }
 

@@ -6,11 +6,12 @@ mod alone;
 mod answer;
 mod client;
 mod convert;
+mod corrections;
 mod ec2;
 #[cfg(test)]
 mod fake;
 mod file;
-mod quirks;
+pub(crate) mod quirks;
 mod rule_ids;
 mod settings;
 mod wire;
@@ -20,11 +21,12 @@ use std::path::PathBuf;
 
 pub use alone::{actions, parse_answer};
 pub use answer::AnswerError;
+pub use corrections::ModifiedRule;
 pub use ec2::{Ec2, Launch, LaunchInterface};
 pub use file::RulesFile;
 pub use settings::Ec2Options;
 
-use crate::model::InstanceId;
+use crate::model::{GroupId, InstanceId};
 
 /// What an inventory is to hold.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -32,6 +34,8 @@ pub struct Wanted {
     /// These instances, their interfaces' groups with the rules, and the members of the groups that those refer to;
     /// a group that is only referred to comes without rules. `None` is everything.
     pub instances: Option<BTreeSet<InstanceId>>,
+    /// The same for groups that another account's rules refer to (SG-1.12).
+    pub groups: BTreeSet<GroupId>,
 }
 
 /// Why there is no inventory; the one before it stays good.
@@ -85,6 +89,14 @@ pub enum SourceError {
         received: usize,
         /// What the network says.
         reason: String,
+    },
+    /// Two answers in one.
+    #[error("{source_name}: {what} is listed twice, and not the same way: neither is believed; list it once")]
+    Contradiction {
+        /// The endpoint or file.
+        source_name: String,
+        /// What is.
+        what: String,
     },
     /// More than an answer may have.
     #[error(

@@ -39,6 +39,11 @@ pub fn is_emulator(endpoint: &Url) -> bool {
     !aws.iter().any(|domain| host.ends_with(domain))
 }
 
+/// Whether a text is an account's id, which LocalStack takes for an access key as well.
+pub fn is_account(text: &str) -> bool {
+    text.len() == 12 && text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
 /// Whether an error code says that the action isn't implemented. Optional parts are then taken as absent: an emulator
 /// without network ACLs has none.
 pub fn is_unsupported(code: &str) -> bool {

@@ -58,6 +58,7 @@ wire! {
     GroupRef {
         id: String = "groupId" | "GroupId",
         owner: String = "userId" | "UserId",
+        peering: Option<String> = "peeringStatus" | "PeeringStatus",
     }
     /// An IPv4 peer.
     Ipv4Range { cidr: String = "cidrIp" | "CidrIp" }
@@ -212,7 +213,11 @@ wire! {
         status: PeeringStatus = "status" | "Status",
     }
     /// One end of it.
-    PeeringVpc { id: String = "vpcId" | "VpcId" }
+    PeeringVpc {
+        id: String = "vpcId" | "VpcId",
+        owner: Option<String> = "ownerId" | "OwnerId",
+        region: Option<String> = "region" | "Region",
+    }
     /// Whether it is active.
     PeeringStatus { code: String = "code" | "Code" }
 }

@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use sg_agent::apply::{Enforced, Snapshot};
 use sg_agent::compile::compile;
 use sg_agent::model::{GroupId, InstanceId, Peer, RuleId, Scope, Traffic};
-use sg_agent::proxy::{PortCounters, Proxy, Published};
+use sg_agent::proxy::{PortCounters, Proxy, Published, Transport};
 use sg_agent::resolve::{AclRules, AclSpec, Allowance, GroupSpec, Interface, Peers, PolicyKey, Spec};
 use sg_agent::tables::InMemory;
 use sg_common::abi::{self, Binding, NOWHERE};
@@ -102,6 +102,7 @@ pub fn snapshot(server: SocketAddr, rules: &Rules) -> Arc<Snapshot> {
         vpc: 1,
         mac: [2, 0, 0, 0, 0, 7],
         addresses: vec![server.ip()],
+        prefixes: Vec::new(),
         subnet_number: None,
         subnet: Vec::new(),
         source_dest_check: true,
@@ -163,7 +164,7 @@ impl Scene {
 
     /// The port's counters.
     pub fn counters(&self) -> PortCounters {
-        self.proxy.counters().pop().expect("the port is published")
+        self.proxy.counters().pop().expect("the port is published").1
     }
 
     /// Whether somebody waits in the instance's accept queue.
@@ -175,7 +176,7 @@ impl Scene {
 /// A published port at one socket of this host.
 pub fn publish(at: SocketAddr, instance: SocketAddr) -> Published {
     let (host_port, port) = (at.port(), instance.port());
-    Published { instance: InstanceId::from("i-1"), bind: vec![at.ip()], host_port, port }
+    Published { instance: InstanceId::from("i-1"), bind: vec![at.ip()], host_port, port, transport: Transport::Tcp }
 }
 
 /// A socket that nobody has, at an address of this host that no other test of this process has.

@@ -52,6 +52,12 @@ impl Agent {
         self
     }
 
+    /// Takes an argument back.
+    pub fn without(&mut self, argument: &str) -> &mut Self {
+        self.arguments.retain(|other| other != argument);
+        self
+    }
+
     /// A variable of its environment.
     pub fn environment(&mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> &mut Self {
         self.environment.push((name.as_ref().to_owned(), value.as_ref().to_owned()));

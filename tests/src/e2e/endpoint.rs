@@ -34,6 +34,12 @@ enum Mood {
     Forward(SocketAddr),
     /// Answers this, whatever is asked.
     Answer(String),
+    /// Takes the request, and says nothing.
+    Hang,
+    /// Passes it on after a while.
+    Delay(SocketAddr, Duration),
+    /// Passes on requests with these words in them; takes all others, and says nothing or hangs up.
+    Only { words: String, upstream: SocketAddr, hangs: bool },
     /// Hangs up.
     HangUp,
     /// Ends.
@@ -70,6 +76,26 @@ impl Endpoint {
         let length = body.len();
         let head = format!("HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {length}");
         self.told.set(Mood::Answer(format!("{head}\r\nConnection: close\r\n\r\n{body}")));
+    }
+
+    /// From now on, takes requests and never answers.
+    pub fn hang(&self) {
+        self.told.set(Mood::Hang);
+    }
+
+    /// From now on, answers only requests with these words in them.
+    pub fn hang_all_but(&self, words: &str, upstream: SocketAddr) {
+        self.told.set(Mood::Only { words: words.to_owned(), upstream, hangs: true });
+    }
+
+    /// From now on, hangs up on all requests but those with these words in them.
+    pub fn hang_up_on_all_but(&self, words: &str, upstream: SocketAddr) {
+        self.told.set(Mood::Only { words: words.to_owned(), upstream, hangs: false });
+    }
+
+    /// From now on, passes everything on after a while.
+    pub fn delay(&self, upstream: SocketAddr, by: Duration) {
+        self.told.set(Mood::Delay(upstream, by));
     }
 
     /// From now on, hangs up without an answer.
@@ -109,6 +135,13 @@ fn listen(listener: &TcpListener, told: &Told) {
         told.asked.fetch_add(1, SeqCst);
         match told.mood() {
             Mood::End => return,
+            // Until the client gives up.
+            Mood::Hang => drop(thread::spawn(move || std::io::copy(&mut &stream, &mut std::io::sink()))),
+            Mood::Delay(upstream, by) => drop(thread::spawn(move || {
+                thread::sleep(by);
+                forward(stream, upstream)
+            })),
+            Mood::Only { words, upstream, hangs } => drop(thread::spawn(move || only(stream, &words, upstream, hangs))),
             Mood::HangUp => drop(thread::spawn(move || reply(stream, ""))),
             // A client that fails is the test's affair.
             Mood::Answer(answer) => drop(thread::spawn(move || reply(stream, &answer))),
@@ -119,6 +152,11 @@ fn listen(listener: &TcpListener, told: &Told) {
 
 /// Reads the request to its end before it answers: otherwise the answer may be lost in a reset.
 fn reply(mut stream: TcpStream, answer: &str) -> std::io::Result<()> {
+    read(&mut stream)?;
+    stream.write_all(answer.as_bytes())
+}
+
+fn read(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     let (mut request, mut buffer) = (Vec::new(), [0; 4096]);
     while !is_whole(&request) {
@@ -127,7 +165,21 @@ fn reply(mut stream: TcpStream, answer: &str) -> std::io::Result<()> {
             length => request.extend_from_slice(&buffer[..length]),
         }
     }
-    stream.write_all(answer.as_bytes())
+    Ok(request)
+}
+
+/// Passes one request on, if it has these words.
+fn only(mut client: TcpStream, words: &str, upstream: SocketAddr, hangs: bool) -> std::io::Result<()> {
+    let request = read(&mut client)?;
+    if String::from_utf8_lossy(&request).contains(words) {
+        let mut server = TcpStream::connect(upstream)?;
+        server.write_all(&request)?;
+        std::io::copy(&mut server, &mut client)?;
+    } else if hangs {
+        client.set_read_timeout(None)?;
+        std::io::copy(&mut client, &mut std::io::sink())?;
+    }
+    Ok(())
 }
 
 fn is_whole(request: &[u8]) -> bool {

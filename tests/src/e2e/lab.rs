@@ -128,6 +128,11 @@ impl LabBuilder {
         Self { attach: names.iter().map(|name| (*name).to_owned()).collect(), ..self }
     }
 
+    /// The host's namespace, before the agent runs in it.
+    pub fn host(&self) -> &super::Namespace {
+        &self.world.host
+    }
+
     /// Takes an instance's link away, before the agent has seen it.
     pub fn unplug(&self, name: &str) {
         self.world.unplug(name);

@@ -6,14 +6,15 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::{OnceLock, mpsc};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::prctl::set_pdeathsig;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
-use super::{Agent, run, unique};
+use super::{Agent, Namespace, run, unique};
 
 /// How long it may take until it answers; importing it takes seconds on a slow disk.
 const START: Duration = Duration::from_secs(90);
@@ -29,11 +30,15 @@ const CREDENTIALS: [(&str, &str); 4] = [
     ("AWS_DEFAULT_REGION", REGION),
 ];
 
-/// A Moto that answers. It ends with the program.
+/// A Moto that answers, or a way to one. It ends with the program.
 #[derive(Debug)]
 pub struct Moto {
     address: SocketAddr,
     region: String,
+    /// Where calls are made from, if it isn't the test's own namespace.
+    from: Option<Namespace>,
+    /// Its process, if this is the one that started it.
+    process: Mutex<Option<Pid>>,
 }
 
 impl Moto {
@@ -43,15 +48,37 @@ impl Moto {
     /// When it can't be started.
     pub fn shared() -> &'static Self {
         static MOTO: OnceLock<Moto> = OnceLock::new();
-        MOTO.get_or_init(Self::start)
+        MOTO.get_or_init(Self::own)
     }
 
-    fn start() -> Self {
+    /// One of the test's own, to be stopped or reset.
+    ///
+    /// # Panics
+    /// When it can't be started.
+    pub fn own() -> Self {
         let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| listener.local_addr());
-        let address = free.expect("a free port");
+        let (address, region) = (free.expect("a free port"), REGION.to_owned());
+        let moto = Self { address, region, from: None, process: Mutex::new(None) };
+        moto.restart();
+        moto
+    }
+
+    /// The same by another way: through a gateway, as seen from a namespace.
+    pub fn through(&self, gateway: SocketAddr, from: &Namespace) -> Self {
+        Self { address: gateway, region: self.region.clone(), from: Some(from.again()), process: Mutex::new(None) }
+    }
+
+    /// Starts its process, which knows nothing yet.
+    ///
+    /// # Panics
+    /// When it can't be started, or doesn't answer.
+    pub fn restart(&self) {
+        self.stop();
+        let address = self.address;
         let python = venv("SG_MOTO_PYTHON", "python");
         let log = std::env::temp_dir().join(format!("{}-moto.log", unique()));
         let (tell, told) = mpsc::channel();
+        let (announce, announced) = mpsc::channel();
         // Its parent is a thread that lives as long as the program: with that Moto ends, however that ends.
         thread::spawn(move || {
             let out = std::fs::File::create(&log).expect("a log file");
@@ -66,25 +93,54 @@ impl Moto {
             let started = command.spawn().map_err(|error| format!("{}: {error}", python.display()));
             let child = started.map_err(|error| drop(tell.send(error)));
             if let Ok(mut child) = child {
+                let _ = announce.send(child.id());
                 let ended = child.wait();
                 let _ = tell.send(format!("moto.server ended: {ended:?}"));
             }
         });
-        let moto = Self { address, region: REGION.to_owned() };
         let end = Instant::now() + START;
-        while !moto.answers() {
+        while !self.answers() {
             if let Ok(problem) = told.recv_timeout(Duration::from_millis(100)) {
                 panic!("no Moto: {problem}");
             }
             assert!(Instant::now() < end, "Moto doesn't answer within {START:?}");
         }
-        moto
+        let pid = announced.recv().ok().and_then(|pid| i32::try_from(pid).ok());
+        *self.process() = pid.map(Pid::from_raw);
+    }
+
+    /// Ends its process, at once.
+    pub fn stop(&self) {
+        if let Some(pid) = self.process().take() {
+            let _ = kill(pid, Signal::SIGKILL);
+            while TcpStream::connect(self.address).is_ok() {
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
+    }
+
+    fn process(&self) -> MutexGuard<'_, Option<Pid>> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One of Moto's own controls, such as `reset` and `seed?a=1`.
+    ///
+    /// # Panics
+    /// When it doesn't answer 200.
+    #[track_caller]
+    pub fn control(&self, what: &str) -> String {
+        let host = self.address;
+        let answer = self.ask(&format!("POST /moto-api/{what} HTTP/1.0\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n"));
+        match answer {
+            Ok(answer) if answer.split(' ').nth(1) == Some("200") => answer,
+            answer => panic!("{what}: {answer:?}"),
+        }
     }
 
     /// The same in a region of the caller's own, where nobody else's instances are.
     #[must_use]
     pub fn in_region(&self, region: &str) -> Self {
-        Self { address: self.address, region: region.to_owned() }
+        Self { address: self.address, region: region.to_owned(), from: None, process: Mutex::new(None) }
     }
 
     fn credentials(&self) -> [(&'static str, &str); 4] {
@@ -103,10 +159,19 @@ impl Moto {
 
     /// Makes an agent read from here, or from what stands before it at `url`.
     pub fn serve(&self, agent: &mut Agent, url: &str) {
+        Self::reach(agent, url);
         for (name, value) in self.credentials() {
             agent.environment(name, value);
         }
-        agent.arguments(["--endpoint-url", url, "--poll-interval", "0.2"]);
+        agent.arguments(["--poll-interval", "0.2"]);
+    }
+
+    /// Makes an agent read from `url`, however often it does.
+    pub fn reach(agent: &mut Agent, url: &str) {
+        for (name, value) in CREDENTIALS {
+            agent.environment(name, value);
+        }
+        agent.arguments(["--endpoint-url", url]);
     }
 
     /// `aws ec2 ...` with the real CLI; what it prints as text.
@@ -131,23 +196,37 @@ impl Moto {
     /// When the answer isn't 200.
     #[track_caller]
     pub fn call(&self, action: &str, parameters: &[(&str, &str)]) -> String {
+        match self.answer(("test", &self.region), action, parameters) {
+            Ok(answer) if answer.split(' ').nth(1) == Some("200") => answer,
+            answer => panic!("{action} {parameters:?}: {answer:?}"),
+        }
+    }
+
+    /// The same with another access key, or account, and region, and whatever the answer is, its head included.
+    ///
+    /// # Errors
+    /// Nobody answers.
+    pub fn answer(
+        &self,
+        (key, region): (&str, &str),
+        action: &str,
+        parameters: &[(&str, &str)],
+    ) -> std::io::Result<String> {
         let mut body = format!("Action={action}&Version=2016-11-15");
         for (name, value) in parameters {
             body += &format!("&{name}={}", escape(value));
         }
+        let is_account = key.len() == 12 && key.bytes().all(|byte| byte.is_ascii_digit());
+        let account = if is_account { format!("x-moto-account-id: {key}\r\n") } else { String::new() };
         // Without a signature Moto takes it for a call of S3; it verifies none.
         let request = format!(
-            "POST / HTTP/1.0\r\nHost: {}\r\nContent-Type: application/x-www-form-urlencoded\r\n\
-             Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/{}/ec2/aws4_request\r\n\
+            "POST / HTTP/1.0\r\nHost: {}\r\n{account}Content-Type: application/x-www-form-urlencoded\r\n\
+             Authorization: AWS4-HMAC-SHA256 Credential={key}/20260101/{region}/ec2/aws4_request\r\n\
              Content-Length: {}\r\n\r\n{body}",
             self.address,
-            self.region,
             body.len()
         );
-        match self.ask(&request) {
-            Ok(answer) if answer.split(' ').nth(1) == Some("200") => answer,
-            answer => panic!("{body}: {answer:?}"),
-        }
+        self.ask(&request)
     }
 
     /// Makes a security group without an ingress rule; its id. Names are this program's own.
@@ -196,12 +275,19 @@ impl Moto {
     }
 
     fn ask(&self, request: &str) -> std::io::Result<String> {
-        let mut socket = TcpStream::connect_timeout(&self.address, Duration::from_secs(2))?;
+        let connect = || TcpStream::connect_timeout(&self.address, Duration::from_secs(2));
+        let mut socket = self.from.as_ref().map_or_else(connect, |namespace| namespace.run(connect))?;
         socket.set_read_timeout(Some(Duration::from_secs(30)))?;
         socket.write_all(request.as_bytes())?;
         let mut answer = String::new();
         socket.read_to_string(&mut answer)?;
         Ok(answer)
+    }
+}
+
+impl Drop for Moto {
+    fn drop(&mut self) {
+        self.stop();
     }
 }
 

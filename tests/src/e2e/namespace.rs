@@ -44,6 +44,11 @@ impl Namespace {
         namespace
     }
 
+    /// The same one again, for somebody else to keep.
+    pub fn again(&self) -> Self {
+        Self { name: self.name.clone(), handle: self.handle(), is_own: false }
+    }
+
     /// The one that a process is in, which belongs to somebody else.
     ///
     /// # Panics
@@ -87,6 +92,7 @@ impl Namespace {
     pub fn handle(&self) -> File {
         self.handle.try_clone().expect("one more open file")
     }
+
     /// Runs `ip` commands, one a line.
     ///
     /// # Panics

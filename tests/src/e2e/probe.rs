@@ -100,6 +100,11 @@ impl<'a> Attempt<'a> {
         assert_eq!(outcome, Outcome::Silent, "{self}");
     }
 
+    /// Whether it disappears without any answer.
+    pub fn try_vanish(&self) -> bool {
+        self.outcome(SILENCE) == Outcome::Silent
+    }
+
     /// It must be refused at once.
     ///
     /// # Panics

@@ -131,3 +131,80 @@ pub fn swapping_groups_ends_flows() {
         run(&mut lab, "SG-3.4", vec![arrives(tcp(A, B).ack(), REVOKED), arrives(tcp(A, B).ack(), NO_RULE)]);
     });
 }
+
+#[test]
+pub fn a_flow_that_was_picked_up_needs_both_its_rules() {
+    isolated(|| {
+        // Whatever the ports say about who began it.
+        for (own, peer) in [(22, 40000), (40000, 22)] {
+            let rules = [format!("in tcp{own} A/32, out tcp{peer} A/32"), format!("in tcp{own} A/32, out none")];
+            let other = format!("in none, out tcp{peer} A/32");
+            for (left, is_first_from_b) in [(&rules[1], true), (&rules[1], false), (&other, true), (&other, false)] {
+                let mut lab = cutting(&rules[0]);
+                let from_a = || tcp(A, B).ports(peer, own);
+                run(
+                    &mut lab,
+                    "SG-3.1",
+                    vec![
+                        arrives(from_a().syn(), NEW),
+                        leaves(from_a().syn_ack().reply(), ESTABLISHED),
+                        arrives(from_a().ack(), ESTABLISHED),
+                        arrives(from_a().rst(), ESTABLISHED),
+                    ],
+                );
+                lab.advance(11_000);
+                let first =
+                    if is_first_from_b { leaves(from_a().ack().reply(), NEW) } else { arrives(from_a().ack(), NEW) };
+                run(&mut lab, "SG-3.9: picked up again", vec![first]);
+                lab.rules("sgB", left);
+                let next = |verdict| {
+                    if is_first_from_b {
+                        arrives(from_a().ack(), verdict)
+                    } else {
+                        leaves(from_a().ack().reply(), verdict)
+                    }
+                };
+                run(&mut lab, &format!("SG-3.4: {own} {peer}, left is {left}"), vec![next(REVOKED)]);
+            }
+        }
+    });
+}
+
+#[test]
+pub fn a_flow_whose_start_was_seen_needs_the_rule_that_let_it_in() {
+    isolated(|| {
+        let mut lab = cutting("in tcp22 A/32, out tcp40000 A/32");
+        run(&mut lab, "SG-3.1", vec![arrives(tcp(A, B).syn(), NEW), leaves(tcp(A, B).syn_ack().reply(), ESTABLISHED)]);
+        lab.rules("sgB", "in tcp22 A/32, out none");
+        run(
+            &mut lab,
+            "SG-3.4: the other direction's rule is none of its business",
+            vec![arrives(tcp(A, B).ack(), ESTABLISHED), leaves(tcp(A, B).ack().reply(), ESTABLISHED)],
+        );
+    });
+}
+
+#[test]
+pub fn errors_about_a_revoked_flow_end_with_it() {
+    isolated(|| {
+        for is_v4 in [true, false] {
+            let request = || tcp(B, X).family(is_v4, B, X).ports(50000, 443);
+            let error = || if is_v4 { request().error(X, B, 3, 4) } else { request().error(X, B, 2, 0) };
+            let mut lab = cutting("in none, out tcp443 X/32 + tcp443 X/128");
+            run(&mut lab, "SG-3.7", vec![leaves(request().syn(), NEW), arrives(error(), Ok(Pass::Related))]);
+            lab.rules("sgB", "in none, out tcp443 X/32 + tcp443 X/128 + udp");
+            run(&mut lab, "SG-3.7: another rule", vec![arrives(error(), Ok(Pass::Related))]);
+            lab.rules("sgB", "in none, out none");
+            run(
+                &mut lab,
+                "SG-3.4, SG-3.7: before any packet of the flow itself",
+                vec![arrives(error(), NO_RULE), arrives(request().ack().reply(), REVOKED), arrives(error(), NO_RULE)],
+            );
+            // As AWS does it, tracked flows go on, and so do their errors.
+            let mut lab = Lab::new("in none, out tcp443 X/32 + tcp443 X/128");
+            run(&mut lab, "SG-3.7", vec![leaves(request().syn(), NEW)]);
+            lab.rules("sgB", "in none, out none");
+            run(&mut lab, "SG-3.4, SG-3.7", vec![arrives(error(), Ok(Pass::Related))]);
+        }
+    });
+}

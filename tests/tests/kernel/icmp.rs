@@ -114,3 +114,35 @@ pub fn forged_errors_do_not() {
         run(&mut lab, "SG-3.7: about a flow that is no more", vec![arrives(request().error(X, B, 3, 4), NO_RULE)]);
     });
 }
+
+#[test]
+pub fn an_allowed_echo_lets_in_its_own_answer_only() {
+    isolated(|| {
+        let mut lab = Lab::new("in icmp 8/0 A/32 + icmpv6 128/0 A/128, out none");
+        for is_v4 in [true, false] {
+            let (ask, answer) = if is_v4 { (8, 0) } else { (128, 129) };
+            let ping = |kind, code| if is_v4 { icmp(A, B, kind, code) } else { icmpv6(A, B, kind, code) };
+            let back = |kind, code| if is_v4 { icmp(B, A, kind, code) } else { icmpv6(B, A, kind, code) };
+            run(
+                &mut lab,
+                "SG-1.3, SG-3.2",
+                vec![
+                    leaves(back(answer, 0), NO_RULE),
+                    arrives(ping(ask, 0), NEW),
+                    // The rule is about code 0: the flow lends itself to no other.
+                    arrives(ping(ask, 1), NO_RULE),
+                    arrives(ping(ask, 255), NO_RULE),
+                    leaves(back(answer, 1), NO_RULE),
+                    leaves(back(answer, 0).id(2), NO_RULE),
+                    leaves(back(ask, 0), NO_RULE),
+                    arrives(ping(answer, 0), NO_RULE),
+                    leaves(back(answer, 0), Ok(Pass::Established)),
+                    arrives(ping(ask, 0), Ok(Pass::Established)),
+                ],
+            );
+            for kind in (0..=255).filter(|&kind| kind != answer && !(133..=137).contains(&kind)) {
+                assert!(lab.from(B, &back(kind, 0)).is_err(), "SG-3.2: type {kind} is no answer to an echo");
+            }
+        }
+    });
+}

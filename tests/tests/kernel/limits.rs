@@ -63,6 +63,7 @@ fn interface(n: u32, policy: PolicyKey) -> Interface {
         vpc: 1,
         mac: [2, 0, 0, a, b, c],
         addresses: vec![IpAddr::from([198, 18, b, c])],
+        prefixes: Vec::new(),
         subnet: Vec::new(),
         subnet_number: None,
         source_dest_check: true,

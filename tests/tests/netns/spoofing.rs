@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use tests::e2e::{Attempt, Lab, arp_reply, run, send_frame, wait_for};
+use tests::e2e::{Attempt, Lab, arp_reply, offloaded_datagram, run, send_frame, send_offloaded, wait_for};
 
 #[test]
 fn a_foreign_source_address_does_not_leave() {
@@ -57,4 +57,48 @@ fn a_foreign_mac_address_does_not_leave() {
         (counted("source_mac") + counted("forged_arp") == 1).then_some(())
     });
     lab.udp("a", "b", 53)[0].passes();
+}
+
+#[test]
+fn a_checksum_is_written_over_nothing_that_was_judged() {
+    let everything = ["-1 - 0.0.0.0/0", "-1 - ::/0"];
+    let mut lab = Lab::with(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &everything)).start();
+    lab.serve("b", &[53]);
+    let [a, b] = ["a", "b"].map(|name| lab.world.instance(name));
+    // So that the frames below need no neighbour discovery.
+    lab.udp("a", "b", 53).iter().for_each(Attempt::passes);
+    let arrived = || lab.server("b", 53).datagrams();
+    let malformed = || lab.agent.packets("i-a", "egress", "malformed");
+    for is_v4 in [true, false] {
+        let header = if is_v4 { 20 } else { 40 };
+        let transport = 14 + header;
+        let frame = offloaded_datagram(a, b, is_v4, 53, b"honest");
+        let before = arrived();
+        send_offloaded(&a.namespace, "eth0", &frame, transport, 6);
+        wait_for("a datagram with its checksum in its place", || (arrived() > before).then_some(()));
+
+        let before = (arrived(), malformed());
+        let forged = [
+            ("the destination port", transport, 2),
+            ("the source port", transport, 0),
+            ("the datagram's length", transport, 4),
+            ("half of the destination port", transport, 3),
+            ("the last bytes of the destination address", transport - 2, 0),
+            // The kernel takes no place before the first 20 bytes as the start (`virtio_net_hdr_to_skb`).
+            ("the protocol", 20, if is_v4 { 2 } else { 0 }),
+            ("the source address", 28, 0),
+        ];
+        let count = forged.len() as u64;
+        for (what, start, offset) in forged {
+            send_offloaded(&a.namespace, "eth0", &frame, start, offset);
+            let dropped = malformed();
+            println!("{what}: {dropped} malformed");
+        }
+        wait_for("each of them is dropped where it leaves", || (malformed() >= before.1 + count).then_some(()));
+        assert_eq!(malformed(), before.1 + count, "one drop each");
+        // What passes after them shows that none is still under way.
+        send_offloaded(&a.namespace, "eth0", &frame, transport, 6);
+        wait_for("an honest one after them", || (arrived() > before.0).then_some(()));
+        assert_eq!(arrived(), before.0 + 1, "none of them arrived");
+    }
 }

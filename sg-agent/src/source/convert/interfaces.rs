@@ -23,6 +23,13 @@ struct Host {
     source_dest_check: Option<bool>,
 }
 
+/// A reservation's instances that are over.
+pub(super) fn terminated(reservation: &wire::Reservation) -> impl Iterator<Item = InstanceId> {
+    let over =
+        reservation.instances.iter().filter(|instance| is_terminated(&instance.state) && !instance.id.is_empty());
+    over.map(|instance| InstanceId::from(instance.id.as_str()))
+}
+
 pub(super) fn instances(
     reservations: Option<Vec<wire::Reservation>>,
     interfaces: Vec<wire::NetworkInterface>,

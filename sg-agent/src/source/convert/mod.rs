@@ -15,7 +15,12 @@ use ipnet::{IpNet, Ipv4Net};
 
 use super::quirks::Quirks;
 use super::wire::{self, Number};
-use crate::model::{GroupId, Inventory, PrefixList, Subnet, VpcId, Warning, parse_ipv4, parse_ipv6, parse_network};
+use crate::model::{
+    GroupId, Inventory, PeeredVpc, Peering, PrefixList, Subnet, VpcId, Warning, parse_ipv4, parse_ipv6, parse_network,
+};
+
+/// The status of a peering connection that is up.
+const ACTIVE: &str = "active";
 
 /// Everything that one scope's control plane printed.
 #[derive(Default)]
@@ -45,6 +50,18 @@ pub struct Facts {
 }
 
 impl Facts {
+    /// What is listed twice with different contents, which no answer of AWS's has: one of the two is out of date, as
+    /// where a page was read before a change and the next one after it. To take either could lose a rule or bring a
+    /// revoked one back, both together could as well; so the answer isn't taken, and what was enforced stands. The same
+    /// twice is once.
+    pub fn contradiction(&self) -> Option<String> {
+        let groups = twice(&self.groups, |group| &group.id, rules::are_same);
+        let lists = twice(&self.prefix_lists, |list| &list.id, |one, other| one == other);
+        let acls = twice(&self.acls, |acl| &acl.id, |one, other| one == other);
+        let name = |kind: &str, id: Option<&str>| id.map(|id| format!("{kind} {id}"));
+        name("security group", groups).or_else(|| name("prefix list", lists)).or_else(|| name("network ACL", acls))
+    }
+
     /// The model of it all.
     pub fn inventory(self, quirks: Quirks) -> Inventory {
         let mut inventory = Inventory::default();
@@ -52,6 +69,7 @@ impl Facts {
         inventory.prefix_lists = self.prefix_lists.iter().filter_map(|list| prefix_list(list, &mut warnings)).collect();
         let lists = inventory.prefix_lists.keys().cloned().collect();
         inventory.groups = rules::groups(self.groups, self.rules, &self.bare, &lists, quirks, &mut warnings);
+        inventory.terminated = self.reservations.iter().flatten().flat_map(interfaces::terminated).collect();
         let (instances, enis) =
             interfaces::instances(self.reservations, self.interfaces, &self.own_groups, &mut warnings);
         (inventory.instances, inventory.enis) = (instances, enis);
@@ -62,6 +80,15 @@ impl Facts {
         inventory.warnings = warnings.0.into_iter().collect();
         inventory
     }
+}
+
+/// The first id under which there are different items.
+fn twice<T>(items: &[T], id: impl Fn(&T) -> &String, are_same: impl Fn(&T, &T) -> bool) -> Option<&str> {
+    let mut seen: BTreeMap<&str, &T> = BTreeMap::new();
+    items.iter().find_map(|item| {
+        let first = seen.insert(id(item), item)?;
+        (!are_same(first, item)).then(|| id(item).as_str())
+    })
 }
 
 /// What was left out; sorted, so that an unchanged answer gives an equal inventory.
@@ -128,10 +155,14 @@ fn subnet<K: for<'a> From<&'a str>>(wire: &wire::Subnet, warnings: &mut Warnings
     Some((id.into(), Subnet { id: id.into(), vpc: wire.vpc.as_str().into(), ipv4, ipv6 }))
 }
 
-fn peering(wire: &wire::Peering) -> Option<(VpcId, VpcId)> {
-    let (a, b) = (VpcId::from(wire.accepter.id.as_str()), VpcId::from(wire.requester.id.as_str()));
-    let active = wire.status.code == "active" && !wire.accepter.id.is_empty() && !wire.requester.id.is_empty();
-    active.then(|| if a <= b { (a, b) } else { (b, a) })
+fn peering(wire: &wire::Peering) -> Option<Peering> {
+    let end = |wire: &wire::PeeringVpc| PeeredVpc {
+        vpc: VpcId::from(wire.id.as_str()),
+        account: text(&wire.owner).map(Into::into),
+        region: text(&wire.region).map(Into::into),
+    };
+    let active = wire.status.code == ACTIVE && !wire.accepter.id.is_empty() && !wire.requester.id.is_empty();
+    active.then(|| Peering::between(end(&wire.accepter), end(&wire.requester)))
 }
 
 /// The id, or a warning that there is none.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::super::quirks::{self, Quirks};
 use super::super::wire;
-use super::{NotANumber, Warnings, identified, number, text};
+use super::{ACTIVE, NotANumber, Warnings, identified, number, text};
 use crate::model::{
     GroupId, Peer, PeerError, PeerFields, PrefixListId, Rule, RuleId, SecurityGroup, Traffic, TrafficError, VpcId,
 };
@@ -22,15 +22,16 @@ enum Problem {
     Peer(#[from] PeerError),
     #[error("group {0} does not exist, so that nothing matches it")]
     NoGroup(GroupId),
-    #[error("group {group} of account {owner} can't be read from here, so that nothing matches it")]
-    ForeignGroup { group: GroupId, owner: String },
+    #[error("the peering connection to the VPC of group {group} is {status}, so that nothing matches it")]
+    Peering { group: GroupId, status: String },
     #[error("prefix list {0} does not exist, so that nothing matches it")]
     NoPrefixList(PrefixListId),
 }
 
 /// What rules may refer to.
 struct Known<'a> {
-    groups: BTreeSet<GroupId>,
+    /// Groups, with their owners' accounts.
+    groups: BTreeMap<GroupId, String>,
     lists: &'a BTreeSet<PrefixListId>,
 }
 
@@ -48,10 +49,15 @@ pub(super) fn groups(
     quirks: Quirks,
     warnings: &mut Warnings,
 ) -> BTreeMap<GroupId, SecurityGroup> {
-    let known = Known { groups: wire.iter().map(|group| GroupId::from(group.id.as_str())).collect(), lists };
+    let known =
+        Known { groups: wire.iter().map(|group| (group.id.as_str().into(), group.owner.clone())).collect(), lists };
     let mut by_group = rules.map(sorted_by_group);
     let mut groups = BTreeMap::new();
     for group in wire {
+        if groups.contains_key(&GroupId::from(group.id.as_str())) {
+            // The same again (see `Facts::contradiction`); its rules are taken already.
+            continue;
+        }
         let Some(id) = identified(&group.id, "a security group", warnings) else { continue };
         let rules = match &mut by_group {
             _ if bare.contains(id) => Vec::new(),
@@ -108,6 +114,17 @@ fn from_permissions(group: &wire::SecurityGroup) -> Vec<wire::GroupRule> {
     rules
 }
 
+/// Whether two prints of a group say the same, in whatever order.
+pub(super) fn are_same(one: &wire::SecurityGroup, other: &wire::SecurityGroup) -> bool {
+    let is_in = |rules: &[wire::GroupRule], rule: &wire::GroupRule| {
+        rules.iter().any(|other| wire::GroupRule { id: rule.id.clone(), ..other.clone() } == *rule)
+    };
+    let (ones, others) = (from_permissions(one), from_permissions(other));
+    (&one.name, &one.vpc, &one.owner) == (&other.name, &other.vpc, &other.owner)
+        && ones.iter().all(|rule| is_in(&others, rule))
+        && others.iter().all(|rule| is_in(&ones, rule))
+}
+
 fn peers_of(permission: &wire::Permission) -> Vec<wire::GroupRule> {
     let base = wire::GroupRule {
         protocol: permission.protocol.clone(),
@@ -157,17 +174,30 @@ fn rule(wire: &wire::GroupRule, group: &wire::SecurityGroup, known: &Known<'_>) 
         group: referenced.map(|group| group.id.as_str()),
         prefix_list: text(&wire.prefix_list),
     })?;
-    match (&peer, referenced) {
-        (Peer::Group(id), Some(reference)) if !known.groups.contains(id) => {
-            let owner = reference.owner.clone();
-            Err(if owner.is_empty() || owner == group.owner {
-                Problem::NoGroup(id.clone())
-            } else {
-                Problem::ForeignGroup { group: id.clone(), owner }
-            })
-        }
-        (Peer::PrefixList(id), _) if !known.lists.contains(id) => Err(Problem::NoPrefixList(id.clone())),
-        _ => Ok(Rule { id: RuleId::from(wire.id.as_str()), traffic, peer }),
+    let peer = match (peer, referenced) {
+        (Peer::Group(id), Some(reference)) => referred(id, reference, group, known)?,
+        (Peer::PrefixList(id), _) if !known.lists.contains(&id) => return Err(Problem::NoPrefixList(id)),
+        (peer, _) => peer,
+    };
+    Ok(Rule { id: RuleId::from(wire.id.as_str()), traffic, peer })
+}
+
+/// A group as a rule of `group` refers to it (SG-1.12). Ids mean something within an account only; where owners aren't
+/// printed, as in a file that was written by hand, all is one account's.
+fn referred(
+    id: GroupId,
+    reference: &wire::GroupRef,
+    group: &wire::SecurityGroup,
+    known: &Known<'_>,
+) -> Result<Peer, Problem> {
+    if let Some(status) = text(&reference.peering).filter(|status| *status != ACTIVE) {
+        return Err(Problem::Peering { group: id, status: status.to_owned() });
+    }
+    let is_same = |owner: &str| reference.owner.is_empty() || owner.is_empty() || *owner == reference.owner;
+    match known.groups.get(&id) {
+        Some(owner) if is_same(owner) => Ok(Peer::Group(id)),
+        _ if is_same(&group.owner) => Err(Problem::NoGroup(id)),
+        _ => Ok(Peer::ForeignGroup { account: reference.owner.as_str().into(), group: id }),
     }
 }
 

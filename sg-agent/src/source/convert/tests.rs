@@ -127,13 +127,19 @@ fn a_rule_with_two_peers_none_or_one_that_is_gone_matches_nothing() {
         to: Some(Number::Int(2)),
         ..Default::default()
     };
-    let to = |id: &str, owner: &str| Some(wire::GroupRef { id: id.into(), owner: owner.into() });
+    let to = |id: &str, owner: &str, status: &str| {
+        let peering = (!status.is_empty()).then(|| status.to_owned());
+        Some(wire::GroupRef { id: id.into(), owner: owner.into(), peering })
+    };
     let rule = |id: &str, rule| wire::GroupRule { id: id.into(), ..rule };
     let rules = vec![
-        rule("sgr-1", wire::GroupRule { ipv4: Some("10.0.0.0/8".into()), referenced: to("sg-1", ""), ..base.clone() }),
+        rule(
+            "sgr-1",
+            wire::GroupRule { ipv4: Some("10.0.0.0/8".into()), referenced: to("sg-1", "", ""), ..base.clone() },
+        ),
         rule("sgr-2", wire::GroupRule { ipv4: Some(String::new()), ..base.clone() }),
-        rule("sgr-3", wire::GroupRule { referenced: to("sg-gone", "123456789012"), ..base.clone() }),
-        rule("sgr-4", wire::GroupRule { referenced: to("sg-far", "000000000001"), ..base.clone() }),
+        rule("sgr-3", wire::GroupRule { referenced: to("sg-gone", "123456789012", ""), ..base.clone() }),
+        rule("sgr-4", wire::GroupRule { referenced: to("sg-far", "000000000001", "deleted"), ..base.clone() }),
         rule("sgr-5", wire::GroupRule { ipv4: Some("::/0".into()), ..base.clone() }),
         rule("sgr-6", wire::GroupRule { from: Some(Number::Bad("x".into())), ipv6: Some("::/0".into()), ..base }),
     ];
@@ -144,12 +150,89 @@ fn a_rule_with_two_peers_none_or_one_that_is_gone_matches_nothing() {
         "it names more than one peer (10.0.0.0/8, sg-1); a rule has exactly one",
         "it names no peer; a rule needs a CIDR, a prefix list or a group",
         "group sg-gone does not exist, so that nothing matches it",
-        "group sg-far of account 000000000001 can't be read from here, so that nothing matches it",
+        "the peering connection to the VPC of group sg-far is deleted, so that nothing matches it",
         "\"::/0\" is not an IPv4 network such as 10.0.0.0/8",
         "\"x\" is not a number",
     ];
     let expected = problems.iter().zip(1..).map(|(p, n)| format!("sgr-{n}: ingress rule of sg-1 (one) left out: {p}"));
     assert_eq!(told(&inventory), expected.collect::<Vec<String>>());
+}
+
+#[test]
+fn a_reference_names_its_account() {
+    // SG-1.12
+    let refer = |id: &str, owner: &str, peering: Option<&str>| {
+        let referenced = wire::GroupRef { id: id.into(), owner: owner.into(), peering: peering.map(str::to_owned) };
+        let rule = wire::GroupRule {
+            id: "sgr-1".into(),
+            group: "sg-1".into(),
+            protocol: Some("-1".into()),
+            referenced: Some(referenced),
+            ..Default::default()
+        };
+        let groups = vec![group("sg-1", "one"), wire::SecurityGroup { owner: String::new(), ..group("sg-2", "two") }];
+        let inventory = Facts { groups, rules: Some(vec![rule]), ..Facts::default() }.inventory(EMULATOR);
+        inventory.groups[&"sg-1".into()].ingress.first().map(|rule| rule.peer.clone())
+    };
+    let foreign = |group: &str| Some(Peer::ForeignGroup { account: "000000000001".into(), group: group.into() });
+    assert_eq!(refer("sg-far", "000000000001", Some("active")), foreign("sg-far"));
+    assert_eq!(refer("sg-far", "000000000001", None), foreign("sg-far"));
+    assert_eq!(refer("sg-far", "000000000001", Some("deleted")), None, "SG-1.12: the peering is gone");
+    assert_eq!(refer("sg-far", "123456789012", None), None, "SG-1.12: a group of the own account that isn't there");
+    assert_eq!(refer("sg-far", "", None), None);
+    assert_eq!(refer("sg-1", "000000000001", None), foreign("sg-1"), "the other account's group of the same id");
+    assert_eq!(refer("sg-1", "123456789012", None), Some(Peer::Group("sg-1".into())));
+    assert_eq!(refer("sg-2", "000000000001", None), Some(Peer::Group("sg-2".into())), "nobody prints its owner");
+    assert_eq!(refer("sg-1", "", None), Some(Peer::Group("sg-1".into())));
+}
+
+#[test]
+fn the_same_group_twice_is_once_and_two_contents_are_refused() {
+    let range = |cidr: &str| wire::Ipv4Range { cidr: cidr.to_owned() };
+    let with = |cidrs: &[&str]| {
+        let permission = wire::Permission {
+            protocol: Some("-1".into()),
+            ipv4: wire::List(cidrs.iter().copied().map(range).collect()),
+            ..Default::default()
+        };
+        wire::SecurityGroup { ingress: wire::List(vec![permission]), ..group("sg-1", "one") }
+    };
+    let rule = |id: &str, cidr: &str| wire::GroupRule {
+        id: id.into(),
+        group: "sg-1".into(),
+        protocol: Some("-1".into()),
+        ipv4: Some(cidr.into()),
+        ..Default::default()
+    };
+    let twice = vec![with(&["10.0.0.0/8", "192.0.2.0/24"]), with(&["192.0.2.0/24", "10.0.0.0/8"])];
+    for rules in [None, Some(vec![rule("sgr-1", "10.0.0.0/8"), rule("sgr-2", "192.0.2.0/24")])] {
+        let facts = Facts { groups: twice.clone(), rules, ..Facts::default() };
+        assert_eq!(facts.contradiction(), None);
+        assert_eq!(facts.inventory(EMULATOR).groups[&"sg-1".into()].ingress.len(), 2, "no rule is lost");
+    }
+    let facts = Facts { groups: vec![with(&["10.0.0.0/8"]), with(&["0.0.0.0/0"])], ..Facts::default() };
+    assert_eq!(facts.contradiction().as_deref(), Some("security group sg-1"));
+    let lists = vec![prefix_list("pl-1", &["10.0.0.0/8"]), prefix_list("pl-1", &["0.0.0.0/0"])];
+    let facts = Facts { prefix_lists: lists, ..Facts::default() };
+    assert_eq!(facts.contradiction().as_deref(), Some("prefix list pl-1"));
+}
+
+#[test]
+fn delegated_prefixes_are_read_as_ec2_prints_them() {
+    // SG-1.9; the shapes are those of the API model's NetworkInterface and InstanceNetworkInterface.
+    let xml =
+        b"<DescribeNetworkInterfacesResponse><networkInterfaceSet><item><networkInterfaceId>eni-1</networkInterfaceId>\
+                <ipv4PrefixSet><item><ipv4Prefix>10.0.1.16/28</ipv4Prefix></item></ipv4PrefixSet>\
+                <ipv6PrefixSet><item><ipv6Prefix>2001:db8:1:2:3::/80</ipv6Prefix></item></ipv6PrefixSet>\
+                </item></networkInterfaceSet></DescribeNetworkInterfacesResponse>";
+    let interfaces = items::<DescribeNetworkInterfaces>(xml);
+    let inventory = Facts { interfaces, ..Facts::default() }.inventory(EMULATOR);
+    let eni = &inventory.enis[&"eni-1".into()];
+    assert_eq!(
+        eni.prefixes.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        ["10.0.1.16/28", "2001:db8:1:2:3::/80"]
+    );
+    assert_eq!(eni.private_addresses().count(), 16);
 }
 
 #[test]
@@ -196,7 +279,8 @@ fn secondary_and_ipv6_addresses_count_and_public_ones_do_not() {
 #[test]
 fn a_terminated_instance_is_no_member() {
     let body = fixture!("DescribeInstances_terminated");
-    assert_eq!(instances(body), Inventory::default());
+    let over = Inventory { terminated: BTreeSet::from(["i-92edc54166ec3a1be".into()]), ..Inventory::default() };
+    assert_eq!(instances(body), over);
     let terminated = items::<DescribeInstances>(body);
     let interface = wire::NetworkInterface {
         id: "eni-dee879ff89387cd0a".into(),
@@ -350,7 +434,13 @@ fn subnets_and_active_peerings_are_read() {
     let subnet = &inventory.subnets[&"subnet-6dacacb505271e59e".into()];
     assert_eq!(subnet.ipv4, Some("10.20.1.0/24".parse().unwrap()));
     assert_eq!((subnet.ipv6, &subnet.vpc), (None, &"vpc-fd143bcf446c0baf6".into()));
-    assert_eq!(inventory.peerings, [("vpc-a8ae13aaae0cefec4".into(), "vpc-fd143bcf446c0baf6".into())].into());
+    let end = |vpc: &str| crate::model::PeeredVpc {
+        vpc: vpc.into(),
+        account: Some("123456789012".into()),
+        region: Some("us-east-1".into()),
+    };
+    let peering = Peering { one: end("vpc-a8ae13aaae0cefec4"), other: end("vpc-fd143bcf446c0baf6") };
+    assert_eq!(inventory.peerings, [peering].into());
 }
 
 #[test]
@@ -440,6 +530,7 @@ proptest! {
                         Peer::Ipv4(net) => parse_ipv4(peers[0]) == Ok(*net) && given.ipv4.is_some(),
                         Peer::Ipv6(net) => parse_ipv6(peers[0]) == Ok(*net) && given.ipv6.is_some(),
                         Peer::Group(id) => peers[0] == "sg-1" && *id.0 == *"sg-1",
+                        Peer::ForeignGroup { .. } => false,
                         Peer::PrefixList(id) => peers[0] == "pl-1" && *id.0 == *"pl-1",
                     };
                     prop_assert!(same, "{:?} from {:?}", rule, given);

@@ -91,11 +91,6 @@ impl Call for DescribeInstanceAttribute {
 }
 
 impl Ec2 {
-    /// Whether the endpoint is an emulator's, and not AWS itself.
-    pub fn is_emulator(&self) -> bool {
-        self.emulator
-    }
-
     /// The account, if it was told and not found out.
     pub fn told_account(&self) -> Option<&str> {
         self.account_is_known.then_some(&*self.assumed.account)

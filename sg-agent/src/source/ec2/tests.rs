@@ -91,7 +91,7 @@ async fn one_call_that_fails_fails_the_inventory() {
 async fn nobody_wanted_is_one_question() {
     let empty = "<DescribeInstancesResponse><reservationSet/></DescribeInstancesResponse>";
     let fake = Fake::start(move |_, _| Reply::ok(empty)).await;
-    let wanted = Wanted { instances: Some(BTreeSet::new()) };
+    let wanted = Wanted { instances: Some(BTreeSet::new()), ..Wanted::default() };
     assert_eq!(ec2(&fake).inventory(&wanted).await.unwrap(), Inventory::default());
     assert_eq!(fake.actions(), ["DescribeInstances"]);
 }
@@ -101,7 +101,7 @@ async fn filters_are_split_at_what_aws_takes() {
     let fake =
         Fake::start(|_, _| Reply::ok("<DescribeInstancesResponse><reservationSet/></DescribeInstancesResponse>")).await;
     let instances: BTreeSet<InstanceId> = (0..401).map(|n| InstanceId::from(format!("i-{n:04}").as_str())).collect();
-    let inventory = ec2(&fake).inventory(&Wanted { instances: Some(instances) }).await.unwrap();
+    let inventory = ec2(&fake).inventory(&Wanted { instances: Some(instances), ..Wanted::default() }).await.unwrap();
     assert!(inventory.instances.is_empty());
     let mut sizes: Vec<usize> = fake.requests().iter().map(|r| r.form.len() - 3).collect();
     sizes.sort_unstable();
@@ -117,6 +117,60 @@ async fn the_account_is_learnt_from_the_owner() {
     let mut ec2 = ec2(&fake);
     ec2.account_is_known = false;
     assert_eq!(ec2.scope().to_string(), "123456789012/us-east-1");
-    ec2.inventory(&Wanted { instances: Some(["i-1".into()].into()) }).await.unwrap();
+    ec2.inventory(&Wanted { instances: Some(["i-1".into()].into()), ..Wanted::default() }).await.unwrap();
     assert_eq!(ec2.scope().to_string(), "000000000007/us-east-1");
+}
+
+#[tokio::test]
+async fn another_accounts_references_are_read_here_and_there() {
+    // SG-1.12
+    let instances = "<item><instanceId>i-1</instanceId><networkInterfaceSet><item><networkInterfaceId>eni-1\
+                     </networkInterfaceId><groupSet><item><groupId>sg-1</groupId></item></groupSet></item>\
+                     </networkInterfaceSet></item>";
+    let rules = "<item><securityGroupRuleId>sgr-1</securityGroupRuleId><groupId>sg-1</groupId>\
+                 <ipProtocol>-1</ipProtocol><referencedGroupInfo><groupId>sg-2</groupId><userId>000000000002</userId>\
+                 <peeringStatus>active</peeringStatus></referencedGroupInfo></item>";
+    let permissions = "<item><ipProtocol>-1</ipProtocol><groups><item><groupId>sg-2</groupId>\
+                       <userId>000000000002</userId></item></groups></item>";
+    let fake = Fake::start(move |request, _| {
+        let action = request.form["Action"].as_str();
+        let first = request.form.get("Filter.1.Value.1").map(String::as_str);
+        let items = match (action, first) {
+            ("DescribeInstances", Some("i-1")) => {
+                format!("<reservationSet><item><instancesSet>{instances}</instancesSet></item></reservationSet>")
+            }
+            ("DescribeSecurityGroups", Some("sg-1")) => format!(
+                "<securityGroupInfo><item><ownerId>000000000001</ownerId><groupId>sg-1</groupId><vpcId>vpc-1</vpcId>\
+                 <ipPermissions>{permissions}</ipPermissions></item></securityGroupInfo>"
+            ),
+            ("DescribeSecurityGroupRules", _) => format!("<securityGroupRuleSet>{rules}</securityGroupRuleSet>"),
+            ("DescribeInstances", _) => "<reservationSet/>".into(),
+            ("DescribeSecurityGroups", _) => "<securityGroupInfo/>".into(),
+            ("DescribeNetworkInterfaces", _) => "<networkInterfaceSet/>".into(),
+            ("DescribeVpcPeeringConnections", _) => "<vpcPeeringConnectionSet/>".into(),
+            _ => panic!("{action} isn't needed"),
+        };
+        Reply::ok(format!("<{action}Response>{items}</{action}Response>"))
+    })
+    .await;
+    let ec2 = ec2(&fake);
+    let instances = Some(BTreeSet::from([InstanceId::from("i-1")]));
+    let inventory = ec2.inventory(&Wanted { instances, ..Wanted::default() }).await.unwrap();
+    let peer = &inventory.groups[&"sg-1".into()].ingress[0].peer;
+    assert_eq!(*peer, Peer::ForeignGroup { account: "000000000002".into(), group: "sg-2".into() });
+    assert!(fake.actions().contains(&"DescribeVpcPeeringConnections".to_owned()), "only a peering makes it match");
+
+    let asked = fake.requests().len();
+    let groups = BTreeSet::from([GroupId::from("sg-7")]);
+    ec2.inventory(&Wanted { instances: Some(BTreeSet::new()), groups }).await.unwrap();
+    let about_it = |action: &str| {
+        let requests = fake.requests().split_off(asked);
+        let is_it = |form: &BTreeMap<String, String>| {
+            form["Action"] == action && form.get("Filter.1.Value.1").is_some_and(|value| value == "sg-7")
+        };
+        requests.iter().any(|request| is_it(&request.form))
+    };
+    for action in ["DescribeSecurityGroups", "DescribeNetworkInterfaces", "DescribeInstances"] {
+        assert!(about_it(action), "{action}: the group that another account refers to, and its members");
+    }
 }

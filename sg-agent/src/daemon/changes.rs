@@ -1,0 +1,82 @@
+//! Changes that somebody waits for: those that pass the gateway, and stale rules that the proxy is about to rely on.
+//! Owns whose state is read anew; when that is done, `commits` tells.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use anyhow::Result;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use super::pollers::Hint;
+use super::{Daemon, Origins};
+use crate::gateway::{self, Commit, Gateway, GatewayError};
+use crate::model::Warning;
+use crate::source::Ec2;
+
+/// The gateway, or a warning where it would have been by default and can't be.
+///
+/// # Errors
+/// It can't be where it was asked for.
+pub(super) async fn open_gateway(
+    wanted: &gateway::Options,
+    origins: &Origins,
+    commits: mpsc::Sender<Commit>,
+    shutdown: CancellationToken,
+) -> Result<(Option<Gateway>, Option<Warning>)> {
+    let Origins::Endpoint(endpoint) = origins else { return Ok((None, None)) };
+    let ec2 = Ec2::new(endpoint)?;
+    if wanted.address.is_none() && !ec2.is_emulator() {
+        // Its signatures are about the host that they are made for.
+        return Ok((None, None));
+    }
+    match Gateway::start(wanted, &ec2.endpoint(), commits, shutdown).await {
+        Ok(gateway) => {
+            let address = gateway.address();
+            tracing::info!("clients that use http://{address} are answered once their changes are enforced");
+            Ok((Some(gateway), None))
+        }
+        Err(error @ (GatewayError::Listen { .. } | GatewayError::Itself { .. })) if wanted.address.is_none() => {
+            let problem = format!("{error}; until then changes are noticed by polling alone");
+            Ok((None, Some(Warning { subject: "gateway".into(), problem })))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+impl Daemon {
+    /// Somebody has changed something: it is read anew.
+    pub(super) fn commit(&mut self, commit: Commit) {
+        let Commit { whom, asked, modified, anew, reply } = commit;
+        let hints = self.pollers.of(&whom);
+        for poller in hints.iter().filter_map(|hint| self.pollers.running.get(hint)) {
+            if anew {
+                poller.forget();
+            }
+            poller.note_modified(modified.clone());
+            poller.hurry();
+        }
+        self.commits.wait(asked, hints, reply);
+        self.serve_waiting();
+    }
+
+    /// Somebody is about to rely on rules that are stale: they are read anew.
+    pub(super) fn renew(&mut self, reply: oneshot::Sender<Result<(), String>>) {
+        // Before anybody hurries: a read that begins at once counts.
+        let asked = Instant::now();
+        let hints = self.stale();
+        for poller in hints.iter().filter_map(|hint| self.pollers.running.get(hint)) {
+            poller.hurry();
+        }
+        self.commits.wait(asked, hints, reply);
+        self.serve_waiting();
+    }
+
+    /// The sources whose last read failed, or that a change was answered without.
+    pub(super) fn stale(&self) -> BTreeSet<Hint> {
+        let failed = self.pollers.running.iter().filter(|(_, poller)| poller.error().is_some());
+        let failed = failed.map(|(hint, _)| hint.clone());
+        let overdue = self.commits.overdue().filter(|hint| self.pollers.running.contains_key(*hint)).cloned();
+        failed.chain(overdue).collect()
+    }
+}

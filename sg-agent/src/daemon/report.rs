@@ -1,0 +1,125 @@
+//! What the daemon tells: warnings in the log, problems, the status, and answers to those who wait. Changes nothing of
+//! what is enforced.
+
+use std::collections::BTreeSet;
+
+use super::poll::Poller;
+use super::{Daemon, Reply};
+use crate::model::{InstanceId, Warning};
+use crate::status::{Report, Status};
+use crate::{explain, live, proxy};
+
+impl Daemon {
+    pub(super) fn explain(&mut self, query: &explain::Query) -> Reply {
+        let mut explanation = match explain::explain(&self.applier.snapshot(), query) {
+            Ok(explanation) => explanation,
+            Err(error) => return Reply::Error(error.to_string()),
+        };
+        if query.live {
+            let verified = tokio::task::block_in_place(|| live::verify(&mut self.applier, query, &mut explanation));
+            if let Err(error) = verified {
+                return Reply::Error(format!("the kernel could not be asked: {error}"));
+            }
+        }
+        Reply::Explanation(explanation)
+    }
+
+    /// Published ports of instances that aren't attached here: every client is refused.
+    pub(super) fn unattached(&self) -> Vec<Warning> {
+        let attached = |instance: &InstanceId| self.view.discovered.attachments.iter().any(|a| a.instance == *instance);
+        let missing = self.flags.iter().filter(|port| !attached(&port.instance));
+        let warn = |port: &proxy::PublishSpec| Warning {
+            subject: port.instance.to_string(),
+            problem: format!("is not attached here: clients of host port {} are refused until it is", port.host_port),
+        };
+        missing.map(warn).collect()
+    }
+
+    /// Logs each warning once for as long as it stands.
+    pub(super) fn tell(&mut self) {
+        let now = self.warnings();
+        for warning in now.difference(&self.told) {
+            tracing::warn!(subject = %warning.subject.escape_default(), "{}", warning.problem);
+        }
+        for gone in self.told.difference(&now) {
+            tracing::info!(subject = %gone.subject.escape_default(), "no longer: {}", gone.problem);
+        }
+        self.told = now;
+    }
+
+    fn warnings(&self) -> BTreeSet<Warning> {
+        let snapshot = self.applier.snapshot();
+        let mut warnings = snapshot.warnings.clone();
+        // An instance that no poll has asked for yet isn't unknown, only new.
+        warnings.retain(|warning| !self.is_new(&warning.subject));
+        warnings.extend(self.view.discovered.warnings.iter().chain(&self.poller_warnings).cloned());
+        warnings.extend(self.proxy_warnings.iter().chain(&self.gateway_warning).cloned());
+        warnings.extend(self.launched().iter().flat_map(|launched| launched.warnings.clone()));
+        warnings
+    }
+
+    pub(super) fn is_new(&self, subject: &str) -> bool {
+        self.view.discovered.attachments.iter().any(|attachment| {
+            *attachment.instance.0 == *subject
+                && self.pollers.running.values().all(|poller| !poller.has_asked_for(&attachment.instance))
+        })
+    }
+
+    /// Answers those who wait for the desired state, once it is enforced.
+    pub(super) fn serve_waiting(&mut self) {
+        self.commits.serve(&self.pollers.running, self.apply_error.as_ref());
+        let is_stale = !self.stale().is_empty();
+        self.freshness.send_if_modified(|stale| std::mem::replace(stale, is_stale) != is_stale);
+        let oldest = self.pollers.running.values().map(Poller::last_success).min().flatten();
+        let mut since = oldest.zip(self.view.looked).map(|(read, looked)| read.min(looked));
+        let mut underway = Vec::new();
+        if let Some(launched) = self.launched() {
+            since = since.min(launched.read);
+            underway.clone_from(&launched.underway);
+            underway.extend(launched.error.clone());
+            if launched.generation != self.applier.snapshot().generation {
+                underway.push("published ports are not settled yet".to_owned());
+            }
+        }
+        let errors = self.pollers.running.values().filter_map(Poller::error);
+        let problems: Vec<String> = self.problems().into_iter().chain(errors).chain(underway).collect();
+        self.desk.serve(since, problems);
+    }
+
+    /// What keeps the desired state from being the enforced one.
+    fn problems(&self) -> Vec<String> {
+        let snapshot = self.applier.snapshot();
+        let unlooked = self.view.looked.is_none().then(|| "containers and links were not looked at yet".to_owned());
+        let unattached = snapshot.interfaces.values().filter(|enforced| !enforced.attached);
+        let unattached = unattached.map(|enforced| format!("link {} is not enforced", enforced.interface.link));
+        let unasked = self.view.discovered.attachments.iter().filter(|attachment| self.is_new(&attachment.instance.0));
+        let unasked = unasked.map(|attachment| format!("instance {} was not read yet", attachment.instance));
+        let unread = self.pollers.running.values().flat_map(Poller::unread_groups);
+        let unread = unread.map(|group| format!("security group {group} was not read yet"));
+        let errors = self.apply_error.iter().chain(&self.view.error).cloned();
+        unlooked.into_iter().chain(unattached).chain(unasked).chain(unread).chain(errors).collect()
+    }
+
+    fn published_counters(&self) -> Vec<proxy::PortCounters> {
+        let ports = self.proxy.counters().into_iter();
+        ports
+            .map(|(published, counters)| {
+                let denied_early = self.applier.denied(published);
+                proxy::PortCounters { denied_early, ..counters }
+            })
+            .collect()
+    }
+
+    pub(super) fn status(&self) -> Status {
+        let report = Report {
+            sources: self.pollers.running.values().map(Poller::status).collect(),
+            published: self.published_counters(),
+            gateway: self.gateway.as_ref().map(crate::gateway::Gateway::status),
+            warnings: self.warnings(),
+            problems: self.problems(),
+            refused: self.refused,
+            flows: self.flows,
+        };
+        Status::new(&self.applier.snapshot(), self.applier.maps(), report)
+    }
+}

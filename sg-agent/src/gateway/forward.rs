@@ -1,0 +1,241 @@
+//! One request's way to the endpoint and its answer's way back. Bodies are streamed; only a small form is held, to see
+//! which action it names, and the answer to a change, until that is enforced.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use http_body_util::{BodyExt as _, Empty, Full, Limited};
+use hyper::body::{Body as _, Bytes, Incoming};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use super::classify::{self, Effect};
+use super::upstream::{Body, Failure, Upstream, innermost};
+use super::{Commit, Counts, Whom, headers, modified};
+use crate::source::ModifiedRule;
+
+/// The field of an answer that went out before its change was enforced, and how it begins.
+const COMMIT: HeaderName = HeaderName::from_static("x-sg-agent-commit");
+
+/// The longest answer to a change that is held, far above RunInstances of a thousand.
+const LONGEST_ANSWER: usize = 64 << 20;
+
+/// How long the endpoint may take to answer a change whose client is gone.
+const LINGER: Duration = Duration::from_secs(30);
+
+/// Forwards to one endpoint.
+#[derive(Debug)]
+pub struct Forwarder {
+    upstream: Upstream,
+    commits: mpsc::Sender<Commit>,
+    commit_timeout: Duration,
+    counts: Counts,
+}
+
+impl Forwarder {
+    /// Changes are told to `commits`.
+    pub fn new(upstream: Upstream, commits: mpsc::Sender<Commit>, commit_timeout: Duration) -> Self {
+        Self { upstream, commits, commit_timeout, counts: Counts::default() }
+    }
+
+    /// What was counted so far.
+    pub fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    /// Where it forwards to.
+    pub fn endpoint(&self) -> &str {
+        self.upstream.url()
+    }
+
+    /// Answers a request: with the endpoint's answer, or with 502 and a line that says why there is none.
+    pub async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+        add(&self.counts.requests);
+        if request.method() == Method::CONNECT {
+            return told(StatusCode::NOT_IMPLEMENTED, "sg-agent's gateway is no forward proxy".to_owned());
+        }
+        let (mut head, body) = request.into_parts();
+        let form = if classify::wants_form(&head, body.size_hint().exact()) {
+            match body.collect().await {
+                Ok(form) => Form::Held(form.to_bytes()),
+                // Nobody is there to be answered.
+                Err(error) => return told(StatusCode::BAD_REQUEST, format!("the request broke off: {error}")),
+            }
+        } else {
+            Form::Streamed(body)
+        };
+        let effect = classify::effect(&head, form.bytes());
+        headers::strip(&mut head.headers);
+        match effect {
+            Effect::None => match self.upstream.send(Request::from_parts(head, form.into_body())).await {
+                Ok(answer) => passed(answer.map(|body| body.boxed())),
+                Err(failure) => self.unanswered(&failure),
+            },
+            Effect::Change(_) | Effect::Anew => {
+                add(&self.counts.changes);
+                let modified = form.bytes().map(modified::rules).unwrap_or_default();
+                let request = Request::from_parts(head, form.into_body());
+                // A task of its own: what the endpoint did is committed, whether or not the client still waits.
+                let gone = CancellationToken::new();
+                let _guard = gone.clone().drop_guard();
+                let changed = tokio::spawn(Arc::clone(&self).change(request, effect, modified, gone));
+                match changed.await {
+                    Ok(answer) => answer,
+                    Err(error) => told(StatusCode::BAD_GATEWAY, format!("sg-agent's gateway failed: {error}")),
+                }
+            }
+        }
+    }
+
+    /// A call that may change what is enforced: its answer waits until that is so.
+    async fn change(
+        self: Arc<Self>,
+        request: Request<Body>,
+        effect: Effect,
+        modified: Vec<ModifiedRule>,
+        gone: CancellationToken,
+    ) -> Response<Body> {
+        let forgotten = async {
+            gone.cancelled().await;
+            tokio::time::sleep(LINGER).await;
+        };
+        let answered = tokio::select! {
+            answered = self.whole_answer(request) => answered,
+            () = forgotten => Err(told(StatusCode::GATEWAY_TIMEOUT, "nobody waits for it any more".to_owned())),
+        };
+        let modified =
+            if matches!(&answered, Ok(answer) if answer.status().is_success()) { modified } else { Vec::new() };
+        // Whatever the status: an error can have changed something, and so can an answer that never came.
+        let committed = self.commit(effect, modified).await;
+        let mut answer = answered.unwrap_or_else(|failed| failed);
+        match committed {
+            Ok(()) => add(&self.counts.committed),
+            Err(problem) => {
+                let (counter, text) = match &problem {
+                    Uncommitted::Late => (&self.counts.late, "late".to_owned()),
+                    Uncommitted::Failed(reason) => (&self.counts.failed, format!("failed; {reason}")),
+                };
+                add(counter);
+                tracing::warn!(endpoint = self.endpoint(), "a change is answered before it is enforced: {text}");
+                answer.headers_mut().insert(COMMIT, field(&text));
+            }
+        }
+        answer
+    }
+
+    /// The endpoint's answer to its last byte: only then has it done all that it does.
+    async fn whole_answer(&self, request: Request<Body>) -> Result<Response<Body>, Response<Body>> {
+        let answer = self.upstream.send(request).await.map_err(|failure| self.unanswered(&failure))?;
+        let (head, body) = answer.into_parts();
+        // What a HEAD's answer says of its length is about another one.
+        let is_bare = body.is_end_stream();
+        let held = Limited::new(body, LONGEST_ANSWER).collect().await;
+        let held = held.map_err(|error| self.broken(&innermost(&*error)))?;
+        let trailers = held.trailers().cloned();
+        let bytes = held.to_bytes();
+        let body = match trailers {
+            _ if is_bare => Empty::new().map_err(|never| match never {}).boxed(),
+            None => whole(bytes),
+            Some(trailers) => Full::new(bytes)
+                .with_trailers(std::future::ready(Some(Ok(trailers))))
+                .map_err(|never| match never {})
+                .boxed(),
+        };
+        Ok(passed(Response::from_parts(head, body)))
+    }
+
+    /// Has the change read and enforced.
+    async fn commit(&self, effect: Effect, modified: Vec<ModifiedRule>) -> Result<(), Uncommitted> {
+        let (reply, told) = oneshot::channel();
+        let anew = effect == Effect::Anew;
+        let whom = if let Effect::Change(whom) = effect { whom } else { Whom::default() };
+        let commit = Commit { whom, asked: Instant::now(), modified, anew, reply };
+        let ended = || Uncommitted::Failed("the agent is shutting down".to_owned());
+        let committed = async {
+            self.commits.send(commit).await.map_err(|_| ended())?;
+            told.await.map_err(|_| ended())?.map_err(Uncommitted::Failed)
+        };
+        tokio::time::timeout(self.commit_timeout, committed).await.unwrap_or(Err(Uncommitted::Late))
+    }
+
+    fn unanswered(&self, failure: &Failure) -> Response<Body> {
+        if let Failure::Request(_) = failure {
+            return told(StatusCode::BAD_REQUEST, format!("sg-agent's gateway: {failure}"));
+        }
+        self.broken(&failure.to_string())
+    }
+
+    fn broken(&self, reason: &str) -> Response<Body> {
+        add(&self.counts.unanswered);
+        let endpoint = self.endpoint();
+        tracing::debug!(endpoint, reason, "the endpoint did not answer a client of the gateway");
+        told(
+            StatusCode::BAD_GATEWAY,
+            format!("sg-agent's gateway: {endpoint} does not answer: {reason}; is it running?"),
+        )
+    }
+}
+
+/// Why a change isn't known to be enforced.
+enum Uncommitted {
+    /// It took too long.
+    Late,
+    /// It can't be.
+    Failed(String),
+}
+
+/// A request's body.
+enum Form {
+    /// Looked into.
+    Held(Bytes),
+    /// Passed on as it comes.
+    Streamed(Incoming),
+}
+
+impl Form {
+    fn bytes(&self) -> Option<&[u8]> {
+        match self {
+            Self::Held(bytes) => Some(bytes),
+            Self::Streamed(_) => None,
+        }
+    }
+
+    fn into_body(self) -> Body {
+        match self {
+            Self::Held(bytes) => whole(bytes),
+            Self::Streamed(body) => body.boxed(),
+        }
+    }
+}
+
+fn whole(bytes: Bytes) -> Body {
+    Full::new(bytes).map_err(|never| match never {}).boxed()
+}
+
+/// The endpoint's answer, on another connection.
+fn passed(mut answer: Response<Body>) -> Response<Body> {
+    headers::strip(answer.headers_mut());
+    *answer.version_mut() = Version::HTTP_11;
+    answer
+}
+
+/// An answer of the gateway's own.
+fn told(status: StatusCode, line: String) -> Response<Body> {
+    let mut answer = Response::new(whole(Bytes::from(line + "\n")));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    answer
+}
+
+/// A text as a field's value: one line of plain characters, and not too many.
+fn field(text: &str) -> HeaderValue {
+    let plain: String =
+        text.chars().map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '?' }).take(512).collect();
+    HeaderValue::from_str(&plain).unwrap_or(HeaderValue::from_static("failed"))
+}
+
+fn add(counter: &AtomicU64) {
+    counter.fetch_add(1, Relaxed);
+}

@@ -1,0 +1,105 @@
+//! A control plane that has begun anew: what it knew of instances that still run here. Owns when that is so, and what of
+//! the last inventory goes on; whether it is wanted is `--unknown`.
+
+use std::collections::BTreeMap;
+
+use super::{InstanceId, Inventory, Warning};
+
+impl Inventory {
+    /// Completes this inventory by the last one, where an instance of `here` was in it and is nowhere now. No control
+    /// plane forgets an instance that it doesn't list as terminated first: it has lost its memory, and with the instance
+    /// went its groups, what they refer to, and their members. What is known now wins, id by id.
+    pub fn keep_lost<'a>(&mut self, last: &Self, here: impl IntoIterator<Item = &'a InstanceId>) {
+        let is_lost = |id: &&InstanceId| {
+            last.instances.contains_key(*id) && !self.instances.contains_key(*id) && !self.terminated.contains(*id)
+        };
+        let lost: Vec<Warning> = here.into_iter().filter(is_lost).map(warning).collect();
+        if lost.is_empty() {
+            return;
+        }
+        complete(&mut self.groups, &last.groups);
+        complete(&mut self.enis, &last.enis);
+        complete(&mut self.instances, &last.instances);
+        complete(&mut self.prefix_lists, &last.prefix_lists);
+        complete(&mut self.vpcs, &last.vpcs);
+        complete(&mut self.subnets, &last.subnets);
+        complete(&mut self.acls, &last.acls);
+        self.peerings.extend(last.peerings.iter().cloned());
+        self.instances.retain(|id, _| !self.terminated.contains(id));
+        self.warnings.extend(lost);
+        self.warnings.sort();
+        self.warnings.dedup();
+    }
+}
+
+fn warning(id: &InstanceId) -> Warning {
+    Warning {
+        subject: id.to_string(),
+        problem: "is no longer known to the control plane, which has begun anew: its last policy stands; remove its \
+                  container, or run with --unknown=deny"
+            .into(),
+    }
+}
+
+fn complete<K: Ord + Clone, V: Clone>(now: &mut BTreeMap<K, V>, last: &BTreeMap<K, V>) {
+    for (key, value) in last {
+        if !now.contains_key(key) {
+            now.insert(key.clone(), value.clone());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{GroupId, Instance, SecurityGroup};
+
+    fn inventory(instances: &[&str], groups: &[&str]) -> Inventory {
+        let ids = instances.iter().map(|id| InstanceId::from(*id));
+        let group = |id: &&str| {
+            let (id, name) = (GroupId::from(*id), (*id).to_owned());
+            let group =
+                SecurityGroup { id: id.clone(), name, vpc: None, owner: "1".into(), ingress: vec![], egress: vec![] };
+            (id, group)
+        };
+        Inventory {
+            instances: ids
+                .map(|id| (id.clone(), Instance { id, name: None, state: "running".into(), enis: vec![] }))
+                .collect(),
+            groups: groups.iter().map(group).collect(),
+            ..Inventory::default()
+        }
+    }
+
+    fn kept(now: &Inventory, last: &Inventory, here: &[&str]) -> Inventory {
+        let here: Vec<InstanceId> = here.iter().map(|id| InstanceId::from(*id)).collect();
+        let mut now = now.clone();
+        now.keep_lost(last, &here);
+        now
+    }
+
+    #[test]
+    fn what_a_lost_instance_needs_goes_on() {
+        let last = inventory(&["i-1", "i-2"], &["sg-1", "sg-2"]);
+        let merged = kept(&inventory(&[], &[]), &last, &["i-1"]);
+        assert_eq!((merged.instances.len(), merged.groups.len()), (2, 2));
+        assert_eq!(merged.warnings.len(), 1, "{:?}", merged.warnings);
+        assert_eq!(kept(&inventory(&[], &[]), &merged, &["i-1"]), merged, "and so at the next read");
+        // Back again, with the same ids: what is said now is all that counts.
+        let back = inventory(&["i-1"], &["sg-1"]);
+        assert_eq!(kept(&back, &merged, &["i-1"]), back);
+    }
+
+    #[test]
+    fn what_is_over_or_was_never_here_is_not_kept() {
+        let last = inventory(&["i-1"], &["sg-1"]);
+        let mut over = inventory(&[], &[]);
+        over.terminated.insert("i-1".into());
+        assert_eq!(kept(&over, &last, &["i-1"]), over);
+        // An hour later it isn't listed any more.
+        let forgotten = inventory(&[], &[]);
+        assert_eq!(kept(&forgotten, &over, &["i-1"]), forgotten);
+        assert_eq!(kept(&forgotten, &last, &["i-2"]), forgotten);
+        assert_eq!(kept(&forgotten, &last, &[]), forgotten);
+    }
+}
