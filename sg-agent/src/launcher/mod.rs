@@ -12,38 +12,35 @@ mod engine;
 mod files;
 mod holder;
 mod images;
+mod look;
 mod network;
 mod plan;
 mod ports;
+mod task;
 mod work;
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use bollard::query_parameters::EventsOptionsBuilder;
-use futures_util::StreamExt;
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 pub use self::images::{ConfigError, DEFAULT_IMAGE, ImageSpec, Images, InvalidImage};
 pub use self::ports::{DEFAULT_RANGE, parse_range};
 
-use self::engine::{Engine, LAUNCHER, Marks};
-use self::plan::{Goal, Seen};
+use self::engine::Marks;
+use self::look::{Observer, docker_events};
 use self::ports::Ports;
-use self::work::{Context, Job, Step};
+use self::task::Launcher;
+use self::work::Context;
 use crate::apply::Snapshot;
-use crate::discovery::docker;
-use crate::model::{EniId, InstanceId, VpcId, Warning};
+use crate::model::{InstanceId, Warning};
 use crate::proxy::PublishSpec;
-use crate::source::{Ec2, Ec2Options, Launch, SourceError};
+use crate::source::{Ec2, Ec2Options, SourceError};
 
 /// What `--launch` was told.
 #[derive(Clone, Debug)]
@@ -191,359 +188,12 @@ pub fn start(
         deep: Arc::clone(&deep),
         pictures: seen,
     };
-    let launcher = Launcher {
-        ports: Ports::load(&place.state_dir, options.ports),
-        context: Arc::new(Context::new(ec2, options.images, snapshots.clone())),
-        hurry: Arc::clone(&hurry),
-        looked_into: BTreeMap::new(),
-        to_sweep: true,
-        reboot: BTreeSet::new(),
-        workers: BTreeMap::new(),
-        failed: BTreeMap::new(),
-        tasks: JoinSet::new(),
-        launches: Vec::new(),
-        tagging: None,
-        untagged: None,
-        state: State::default(),
-        tell,
-    };
+    let context = Context::new(ec2, options.images, snapshots.clone());
+    let launcher = Launcher::new(context, Ports::load(&place.state_dir, options.ports), Arc::clone(&hurry), tell);
     let events = docker_events(place.docker_host, marks.launcher, deep, Arc::clone(&hurry));
     tracing::info!("instances become containers (--launch)");
     tokio::spawn(shutdown.run_until_cancelled_owned(async {
         tokio::join!(observer.run(), launcher.run(pictures, snapshots, rebooted), events);
     }));
     Ok(Handle { state, hurry, reboots })
-}
-
-/// What was seen at one moment.
-struct Picture {
-    began: Instant,
-    outcome: Result<(Vec<Launch>, Seen, Engine), String>,
-}
-
-/// Looks at the endpoint and at Docker.
-struct Observer {
-    ec2: Arc<Ec2>,
-    marks: Marks,
-    docker_host: Option<String>,
-    interval: Duration,
-    hurry: Arc<Notify>,
-    /// Something happened to a container: its namespace may be another.
-    deep: Arc<AtomicBool>,
-    pictures: mpsc::Sender<Picture>,
-}
-
-/// The longest time between two looks at an endpoint that doesn't answer.
-const LONGEST_PAUSE: Duration = Duration::from_secs(15);
-
-impl Observer {
-    async fn run(self) {
-        let mut pause = self.interval;
-        loop {
-            let began = Instant::now();
-            let outcome = self.look().await;
-            pause = if outcome.is_ok() { self.interval } else { (pause * 2).min(LONGEST_PAUSE) };
-            if self.pictures.send(Picture { began, outcome }).await.is_err() {
-                return;
-            }
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = self.hurry.notified() => {}
-            }
-        }
-    }
-
-    async fn look(&self) -> Result<(Vec<Launch>, Seen, Engine), String> {
-        let launches = self.ec2.launches().await.map_err(|error| error.to_string())?;
-        let failed = |endpoint: &str, error: &dyn std::fmt::Display| format!("docker at {endpoint:?}: {error}");
-        let (docker, endpoint) = docker::connect(self.docker_host.as_deref())
-            .await
-            .map_err(|failure| failed(&failure.endpoint, &failure.cause))?;
-        let engine = Engine { docker, marks: self.marks.clone() };
-        let deep = self.deep.swap(false, Ordering::Relaxed);
-        match engine.look(deep).await {
-            Ok(seen) => Ok((launches, seen, engine)),
-            Err(error) => {
-                self.deep.fetch_or(deep, Ordering::Relaxed);
-                Err(failed(&endpoint, &error))
-            }
-        }
-    }
-}
-
-/// Tells the observer of containers that start and end. While Docker doesn't answer, it looks by itself.
-async fn docker_events(host: Option<String>, launcher: String, deep: Arc<AtomicBool>, hurry: Arc<Notify>) {
-    let label = format!("{LAUNCHER}={launcher}");
-    let filters = [("type", vec!["container"]), ("event", vec!["start", "die", "destroy"]), ("label", vec![&*label])];
-    let filters = filters.into_iter().collect();
-    loop {
-        if let Ok((docker, _)) = docker::connect(host.as_deref()).await {
-            let request = EventsOptionsBuilder::new().filters(&filters).build();
-            let mut events = std::pin::pin!(docker.events(Some(request)));
-            // What happened until now.
-            deep.store(true, Ordering::Relaxed);
-            hurry.notify_one();
-            while let Some(Ok(_)) = events.next().await {
-                deep.store(true, Ordering::Relaxed);
-                hurry.notify_one();
-            }
-        }
-        tokio::time::sleep(Duration::from_secs(1)).await;
-    }
-}
-
-/// A worker at work.
-struct Worker {
-    goal: Goal,
-    step: Step,
-    task: AbortHandle,
-}
-
-/// An attempt that failed.
-struct Failed {
-    goal: Goal,
-    error: String,
-    pause: Duration,
-    again: Instant,
-}
-
-/// The first and the longest pause before an instance is tried again.
-const BACK_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-
-/// Of a worker; the interfaces that it saw to.
-type Outcome = (InstanceId, Goal, Result<Vec<EniId>, LaunchError>);
-
-struct Launcher {
-    context: Arc<Context>,
-    ports: Ports,
-    hurry: Arc<Notify>,
-    /// Instances that were brought up, or looked into, by this agent, with the interfaces that they had then.
-    looked_into: BTreeMap<InstanceId, Vec<EniId>>,
-    /// A network may be nobody's any more.
-    to_sweep: bool,
-    reboot: BTreeSet<InstanceId>,
-    workers: BTreeMap<InstanceId, Worker>,
-    failed: BTreeMap<InstanceId, Failed>,
-    tasks: JoinSet<Outcome>,
-    launches: Vec<Launch>,
-    /// The tags that are being written.
-    tagging: Option<tokio::task::JoinHandle<Result<(), SourceError>>>,
-    untagged: Option<String>,
-    state: State,
-    tell: watch::Sender<Arc<State>>,
-}
-
-impl Launcher {
-    async fn run(
-        mut self,
-        mut pictures: mpsc::Receiver<Picture>,
-        mut snapshots: watch::Receiver<Arc<Snapshot>>,
-        mut reboots: mpsc::UnboundedReceiver<InstanceId>,
-    ) {
-        loop {
-            tokio::select! {
-                picture = pictures.recv() => match picture {
-                    Some(picture) => self.see(picture).await,
-                    None => return,
-                },
-                Some(done) = self.tasks.join_next() => self.note(done),
-                Some(instance) = reboots.recv() => {
-                    self.reboot.insert(instance);
-                }
-                changed = snapshots.changed() => if changed.is_err() { return },
-            }
-            let snapshot = Arc::clone(&snapshots.borrow_and_update());
-            self.publish(&snapshot);
-            self.report(snapshot.generation);
-        }
-    }
-
-    /// Takes a look's outcome, and sets to work.
-    async fn see(&mut self, picture: Picture) {
-        let (launches, seen, engine) = match picture.outcome {
-            Ok(seen) => seen,
-            Err(error) => {
-                // The daemon's own questions are told in the log.
-                self.state.error = Some(error);
-                return;
-            }
-        };
-        self.state.error = None;
-        self.state.read = Some(picture.began);
-        self.launches = launches;
-        let looked_into = &self.looked_into;
-        let mut due = plan::due(&self.launches, &seen, |launch| {
-            looked_into.get(&launch.instance).is_none_or(|then| !then.iter().eq(launch.enis()))
-        });
-        for launch in self.launches.iter().filter(|launch| launch.runs) {
-            let is_up = seen.ours.contains_key(&launch.instance) && !due.contains_key(&launch.instance);
-            if self.reboot.remove(&launch.instance) && is_up {
-                due.insert(launch.instance.clone(), Goal::Reboot);
-            }
-        }
-        self.reboot.clear();
-        // What changed its mind is begun anew.
-        self.workers.retain(|instance, worker| {
-            let stays = match (due.get(instance), worker.goal) {
-                (Some(goal), at) => *goal == at || (*goal == Goal::Run && at == Goal::Reboot),
-                // It is as it should be but for what a look doesn't show.
-                (None, at) => at != Goal::Gone,
-            };
-            if !stays {
-                worker.task.abort();
-            }
-            stays
-        });
-        self.failed.retain(|instance, failed| due.get(instance) == Some(&failed.goal));
-        let taken: Arc<BTreeSet<Ipv4Addr>> = Arc::new(self.addresses());
-        for (instance, goal) in due {
-            let waits = self.failed.get(&instance).is_some_and(|failed| failed.again > Instant::now());
-            if waits || self.workers.contains_key(&instance) {
-                continue;
-            }
-            let launch = self.launches.iter().find(|launch| launch.instance == instance).cloned();
-            let (step, taken) = (Step::default(), Arc::clone(&taken));
-            let job = Job { instance: instance.clone(), goal, launch, taken, step: step.clone() };
-            let (context, engine) = (Arc::clone(&self.context), engine.clone());
-            let task = self.tasks.spawn(async move {
-                let result = context.work(&engine, &job).await;
-                let enis = job.launch.iter().flat_map(Launch::enis).cloned().collect();
-                (job.instance, job.goal, result.map(|()| enis))
-            });
-            self.workers.insert(instance, Worker { goal, step, task });
-        }
-        self.forget(&seen);
-        self.sweep(&engine).await;
-        self.tag(&seen).await;
-    }
-
-    fn addresses(&self) -> BTreeSet<Ipv4Addr> {
-        let interfaces = self.launches.iter().flat_map(|launch| &launch.interfaces);
-        interfaces.flat_map(|interface| interface.addresses.iter().copied()).collect()
-    }
-
-    /// Forgets instances that are gone, with all that they had.
-    fn forget(&mut self, seen: &Seen) {
-        let live: BTreeSet<&InstanceId> = self.launches.iter().map(|launch| &launch.instance).collect();
-        let is_live = |instance: &InstanceId| live.contains(instance) || seen.ours.contains_key(instance);
-        self.ports.keep(is_live);
-        self.looked_into.retain(|instance, _| is_live(instance));
-    }
-
-    /// Once the last instance of a VPC is gone, so is its network.
-    async fn sweep(&mut self, engine: &Engine) {
-        if !std::mem::take(&mut self.to_sweep) {
-            return;
-        }
-        let interfaces = self.launches.iter().flat_map(|launch| &launch.interfaces);
-        let in_use: BTreeSet<VpcId> = interfaces.map(|interface| interface.vpc.clone()).collect();
-        if let Err(error) = self.context.sweep(engine, &in_use).await {
-            tracing::debug!(%error, "networks are not swept");
-        }
-    }
-
-    /// Writes the tags of one instance whose tags aren't what they should be; the next look is for the next one.
-    async fn tag(&mut self, seen: &Seen) {
-        if let Some(task) = self.tagging.take() {
-            if !task.is_finished() {
-                self.tagging = Some(task);
-                return;
-            }
-            let result = task.await.map_err(|error| error.to_string()).and_then(|done| done.map_err(|e| e.to_string()));
-            self.untagged = result.err();
-        }
-        for launch in self.launches.iter().filter(|launch| seen.ours.contains_key(&launch.instance)) {
-            let tags = self.ports.tags(&launch.instance);
-            let missing: BTreeMap<String, String> =
-                tags.into_iter().filter(|(key, value)| launch.tags.get(key) != Some(value)).collect();
-            if missing.is_empty() {
-                continue;
-            }
-            let (context, instance) = (Arc::clone(&self.context), launch.instance.clone());
-            self.tagging = Some(tokio::spawn(async move { context.ec2.tag(&instance, &missing).await }));
-            return;
-        }
-    }
-
-    /// Notes how a worker fared.
-    fn note(&mut self, done: Result<Outcome, tokio::task::JoinError>) {
-        let (instance, goal, result) = match done {
-            Ok(outcome) => outcome,
-            Err(error) if error.is_cancelled() => return,
-            Err(error) => {
-                tracing::error!(%error, "a worker of the launcher ended badly");
-                return;
-            }
-        };
-        // One that was begun anew has another worker by now.
-        if self.workers.get(&instance).is_some_and(|worker| worker.goal == goal) {
-            self.workers.remove(&instance);
-        }
-        match result {
-            Ok(enis) => {
-                self.failed.remove(&instance);
-                match goal {
-                    Goal::Gone => self.to_sweep = true,
-                    Goal::Stop => {}
-                    Goal::Run | Goal::Reboot => {
-                        self.looked_into.insert(instance, enis);
-                    }
-                }
-                self.hurry.notify_one();
-            }
-            Err(error) => {
-                let error = error.to_string();
-                let pause = self.failed.remove(&instance).map_or(BACK_OFF.0, |last| (last.pause * 2).min(BACK_OFF.1));
-                let again = Instant::now() + pause;
-                self.failed.insert(instance, Failed { goal, error, pause, again });
-            }
-        }
-    }
-
-    /// Settles which ports are to be published.
-    fn publish(&mut self, snapshot: &Snapshot) {
-        if self.state.read.is_none() {
-            return;
-        }
-        let launched = self.launches.iter().filter(|launch| self.looked_into.contains_key(&launch.instance));
-        let wanted = launched.map(|launch| {
-            let exposed = self.context.exposed(&launch.instance);
-            (launch.instance.clone(), ports::wanted(snapshot, &launch.instance, &exposed))
-        });
-        let wanted: BTreeMap<InstanceId, BTreeSet<u16>> = wanted.collect();
-        self.ports.update(&wanted);
-        self.state.ports = self.ports.published(|instance| wanted.contains_key(instance));
-    }
-
-    fn report(&mut self, generation: u64) {
-        self.state.generation = generation;
-        let underway = self.workers.iter().map(|(instance, worker)| {
-            let step = worker.step.text();
-            let step = if step.is_empty() { "it is being looked at".to_owned() } else { step };
-            format!("instance {instance}: {step}")
-        });
-        self.state.underway = underway.collect();
-        let failed = self.failed.iter().map(|(instance, failed)| Warning {
-            subject: instance.to_string(),
-            problem: match failed.goal {
-                Goal::Run | Goal::Reboot => format!("can't be launched: {}", failed.error),
-                Goal::Stop => format!("can't be stopped: {}", failed.error),
-                Goal::Gone => format!("can't be removed: {}", failed.error),
-            },
-        });
-        let untagged = self.untagged.iter().map(|error| Warning {
-            subject: "tags".to_owned(),
-            problem: format!("ports are not told by tags: {error}"),
-        });
-        self.state.warnings = failed.chain(untagged).chain(self.ports.warnings()).collect();
-        self.state.warnings.sort();
-        let state = &self.state;
-        self.tell.send_if_modified(|told| {
-            let is_news = **told != *state;
-            if is_news {
-                *told = Arc::new(state.clone());
-            }
-            is_news
-        });
-    }
 }

@@ -75,8 +75,8 @@ impl Context {
         lock(&self.exposed).get(instance).cloned().unwrap_or_default()
     }
 
-    /// Brings an instance to its goal.
-    pub(super) async fn work(&self, engine: &Engine, job: &Job) -> Result<(), LaunchError> {
+    /// Brings an instance to its goal; whether its own container was started.
+    pub(super) async fn work(&self, engine: &Engine, job: &Job) -> Result<bool, LaunchError> {
         let units = engine.units(&job.instance).await?;
         match (job.goal, &job.launch) {
             (Goal::Run | Goal::Reboot, Some(launch)) => self.run(engine, job, launch, units).await,
@@ -86,7 +86,7 @@ impl Context {
                     engine.stop(&own.id).await?;
                     tracing::info!(instance = %job.instance, "stopped");
                 }
-                Ok(())
+                Ok(false)
             }
             _ => {
                 job.step.is("its containers are being removed");
@@ -95,12 +95,12 @@ impl Context {
                 }
                 lock(&self.exposed).remove(&job.instance);
                 tracing::info!(instance = %job.instance, "its containers are removed: it is no more");
-                Ok(())
+                Ok(false)
             }
         }
     }
 
-    async fn run(&self, engine: &Engine, job: &Job, launch: &Launch, units: Units) -> Result<(), LaunchError> {
+    async fn run(&self, engine: &Engine, job: &Job, launch: &Launch, units: Units) -> Result<bool, LaunchError> {
         names::id(&launch.instance.0).map_err(LaunchError::Name)?;
         let image = self.image(engine, job, launch).await?;
         job.step.is("its network is being set up");
@@ -135,7 +135,8 @@ impl Context {
             tracing::info!(instance = %launch.instance, image, address, "started");
         }
         self.run_user_data(engine, launch, &own).await?;
-        self.write_back(launch, &wires).await
+        self.write_back(launch, &wires).await?;
+        Ok(!was_running)
     }
 
     /// The image of an instance, which is there then.

@@ -11,7 +11,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{Namespace, PATIENCE, docker, output, run, unique, wait_for};
+use super::{Namespace, PATIENCE, docker, output, run, unique};
+
+/// How long it may take to answer: after a crash it clears up first.
+const START: Duration = Duration::from_secs(90);
 
 /// An engine. Dropped, it goes with all that it has.
 #[derive(Debug)]
@@ -69,14 +72,20 @@ impl Engine {
         }
         dockerd.args(more).stdin(Stdio::null()).stdout(log).stderr(again);
         self.dockerd = Some(dockerd.spawn().expect("setpriv and dockerd in the PATH"));
-        wait_for("the engine answers", || output(self.docker().arg("version")).status.success().then_some(()));
+        let end = Instant::now() + START;
+        while !output(self.docker().arg("version")).status.success() {
+            if Instant::now() > end {
+                let log = std::fs::read_to_string(self.directory.join("log")).unwrap_or_default();
+                panic!("the engine doesn't answer within {START:?}: {log}");
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
     }
 
     /// Ends dockerd. What becomes of its containers is its own affair.
     ///
     /// # Panics
-    /// When it goes on.
-    #[track_caller]
+    /// Never in practice: process ids are positive.
     pub fn stop(&mut self, signal: Signal) {
         let Some(mut dockerd) = self.dockerd.take() else { return };
         // It is started by another program in the same process.
@@ -84,12 +93,20 @@ impl Engine {
         let end = Instant::now() + PATIENCE;
         while dockerd.try_wait().is_ok_and(|ended| ended.is_none()) {
             if Instant::now() > end {
+                eprintln!("dockerd goes on after {signal}: it is killed");
                 let _ = dockerd.kill();
                 let _ = dockerd.wait();
             }
             thread::sleep(Duration::from_millis(20));
         }
-        // A killed one leaves it, and the next one takes it for another that runs.
+        // A killed one leaves these, and its containerd for a moment: the next one would take both for running ones.
+        let containerd = self.directory.join("run/containerd/containerd.pid");
+        let pid = std::fs::read_to_string(&containerd).ok().and_then(|text| text.trim().parse().ok());
+        if let Some(pid) = pid {
+            // It is gone already, but for who may not have been told yet.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        let _ = std::fs::remove_file(containerd);
         let _ = std::fs::remove_file(self.directory.join("pid"));
     }
 

@@ -359,6 +359,24 @@ fn what_cannot_be_launched_is_told_and_tried_again() {
 }
 
 #[test]
+fn an_instance_that_ends_by_itself_is_told_and_started_again() {
+    let mut stage = Stage::new("ap-southeast-2", &["/bin/echo", "bye"]);
+    let [subnet] = stage.vpc("10.219.0.0/16", ["10.219.1.0/24"]);
+    let group = stage.group(&subnet);
+    let short = stage.run(&[("SubnetId", &subnet), ("SecurityGroupId.1", &group)]);
+    stage.agent.start();
+    let told = |stage: &Stage| stage.agent.status()["warnings"].to_string().contains("ended by itself");
+    wait_for("the status tells it", || told(&stage).then_some(()));
+    let first = short.started();
+    wait_for("it is started again", || (short.started() != first).then_some(()));
+    stage.change("StopInstances", &short);
+    wait_for("it may stand still now", || {
+        stage.agent.wait();
+        (!told(&stage)).then_some(())
+    });
+}
+
+#[test]
 fn a_container_of_ones_own_is_not_doubled() {
     let mut stage = Stage::new("ap-southeast-1", IDLE);
     let [subnet] = stage.vpc("10.217.0.0/16", ["10.217.1.0/24"]);

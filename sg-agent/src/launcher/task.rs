@@ -1,0 +1,342 @@
+//! The launcher's task: takes what was seen, sets workers to work, and says how things stand. Owns who works on what, who
+//! failed and when it is tried again, and tags.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::{AbortHandle, JoinHandle, JoinSet};
+
+use super::engine::Engine;
+use super::look::Picture;
+use super::plan::{self, Goal, Seen};
+use super::ports::{self, Ports};
+use super::work::{Context, Job, Step};
+use super::{LaunchError, State};
+use crate::apply::Snapshot;
+use crate::model::{EniId, InstanceId, VpcId, Warning};
+use crate::source::{Launch, SourceError};
+
+/// A worker at work.
+struct Worker {
+    goal: Goal,
+    step: Step,
+    task: AbortHandle,
+}
+
+/// An attempt that failed.
+struct Failed {
+    goal: Goal,
+    error: String,
+    pause: Duration,
+    again: Instant,
+}
+
+/// The first and the longest pause before an instance is tried again.
+const BACK_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+/// What a worker has done.
+struct Done {
+    /// The interfaces that it saw to.
+    enis: Vec<EniId>,
+    /// Whether it started the instance's own container.
+    started: bool,
+}
+
+type Outcome = (InstanceId, Goal, Result<Done, LaunchError>);
+
+/// The last start of an instance's own container.
+struct Start {
+    at: Instant,
+    /// If it ends by itself, it is started again so long after that.
+    pause: Duration,
+}
+
+/// A container that ran so long didn't fail to start.
+const STEADY: Duration = Duration::from_secs(120);
+
+pub(super) struct Launcher {
+    context: Arc<Context>,
+    ports: Ports,
+    hurry: Arc<Notify>,
+    /// Instances that were brought up, or looked into, by this agent, with the interfaces that they had then.
+    looked_into: BTreeMap<InstanceId, Vec<EniId>>,
+    /// A network may be nobody's any more.
+    to_sweep: bool,
+    reboot: BTreeSet<InstanceId>,
+    workers: BTreeMap<InstanceId, Worker>,
+    failed: BTreeMap<InstanceId, Failed>,
+    starts: BTreeMap<InstanceId, Start>,
+    /// Instances whose containers ended by themselves.
+    ended: BTreeSet<InstanceId>,
+    tasks: JoinSet<Outcome>,
+    launches: Vec<Launch>,
+    /// The tags that are being written.
+    tagging: Option<JoinHandle<Result<(), SourceError>>>,
+    untagged: Option<String>,
+    state: State,
+    tell: watch::Sender<Arc<State>>,
+}
+
+impl Launcher {
+    /// Nothing is known yet.
+    pub(super) fn new(context: Context, ports: Ports, hurry: Arc<Notify>, tell: watch::Sender<Arc<State>>) -> Self {
+        Self {
+            ports,
+            context: Arc::new(context),
+            hurry,
+            looked_into: BTreeMap::new(),
+            to_sweep: true,
+            reboot: BTreeSet::new(),
+            workers: BTreeMap::new(),
+            failed: BTreeMap::new(),
+            starts: BTreeMap::new(),
+            ended: BTreeSet::new(),
+            tasks: JoinSet::new(),
+            launches: Vec::new(),
+            tagging: None,
+            untagged: None,
+            state: State::default(),
+            tell,
+        }
+    }
+
+    pub(super) async fn run(
+        mut self,
+        mut pictures: mpsc::Receiver<Picture>,
+        mut snapshots: watch::Receiver<Arc<Snapshot>>,
+        mut reboots: mpsc::UnboundedReceiver<InstanceId>,
+    ) {
+        loop {
+            tokio::select! {
+                picture = pictures.recv() => match picture {
+                    Some(picture) => self.see(picture).await,
+                    None => return,
+                },
+                Some(done) = self.tasks.join_next() => self.note(done),
+                Some(instance) = reboots.recv() => {
+                    self.reboot.insert(instance);
+                }
+                changed = snapshots.changed() => if changed.is_err() { return },
+            }
+            let snapshot = Arc::clone(&snapshots.borrow_and_update());
+            self.publish(&snapshot);
+            self.report(snapshot.generation);
+        }
+    }
+
+    /// Takes a look's outcome, and sets to work.
+    async fn see(&mut self, picture: Picture) {
+        let (launches, seen, engine) = match picture.outcome {
+            Ok(seen) => seen,
+            Err(error) => {
+                // The daemon's own questions are told in the log.
+                self.state.error = Some(error);
+                return;
+            }
+        };
+        self.state.error = None;
+        self.state.read = Some(picture.began);
+        self.launches = launches;
+        let looked_into = &self.looked_into;
+        let mut due = plan::due(&self.launches, &seen, |launch| {
+            looked_into.get(&launch.instance).is_none_or(|then| !then.iter().eq(launch.enis()))
+        });
+        for launch in self.launches.iter().filter(|launch| launch.runs) {
+            let is_up = seen.ours.contains_key(&launch.instance) && !due.contains_key(&launch.instance);
+            if self.reboot.remove(&launch.instance) && is_up {
+                due.insert(launch.instance.clone(), Goal::Reboot);
+            }
+        }
+        self.reboot.clear();
+        // What changed its mind is begun anew.
+        self.workers.retain(|instance, worker| {
+            let stays = match (due.get(instance), worker.goal) {
+                (Some(goal), at) => *goal == at || (*goal == Goal::Run && at == Goal::Reboot),
+                // It is as it should be but for what a look doesn't show.
+                (None, at) => at != Goal::Gone,
+            };
+            if !stays {
+                worker.task.abort();
+            }
+            stays
+        });
+        let has_ended = |instance: &InstanceId| {
+            // Without its holder it was ended, by whatever ended that.
+            let units = seen.ours.get(instance).filter(|units| units.holder.as_ref().is_some_and(|unit| unit.running));
+            units.and_then(|units| units.own.as_ref()).is_some_and(|own| !own.running)
+                && self.starts.contains_key(instance)
+        };
+        let ended = due.iter().filter(|(instance, goal)| **goal == Goal::Run && has_ended(instance));
+        self.ended = ended.map(|(instance, _)| instance.clone()).collect();
+        self.failed.retain(|instance, failed| due.get(instance) == Some(&failed.goal));
+        let taken: Arc<BTreeSet<Ipv4Addr>> = Arc::new(self.addresses());
+        for (instance, goal) in due {
+            let is_soon = |start: &Start| start.at.elapsed() < start.pause;
+            let waits = self.failed.get(&instance).is_some_and(|failed| failed.again > Instant::now())
+                || (self.ended.contains(&instance) && self.starts.get(&instance).is_some_and(is_soon));
+            if waits || self.workers.contains_key(&instance) {
+                continue;
+            }
+            let launch = self.launches.iter().find(|launch| launch.instance == instance).cloned();
+            let (step, taken) = (Step::default(), Arc::clone(&taken));
+            let job = Job { instance: instance.clone(), goal, launch, taken, step: step.clone() };
+            let (context, engine) = (Arc::clone(&self.context), engine.clone());
+            let task = self.tasks.spawn(async move {
+                let result = context.work(&engine, &job).await;
+                let enis = job.launch.iter().flat_map(Launch::enis).cloned().collect();
+                (job.instance, job.goal, result.map(|started| Done { enis, started }))
+            });
+            self.workers.insert(instance, Worker { goal, step, task });
+        }
+        self.forget(&seen);
+        self.sweep(&engine).await;
+        self.tag(&seen).await;
+    }
+
+    fn addresses(&self) -> BTreeSet<Ipv4Addr> {
+        let interfaces = self.launches.iter().flat_map(|launch| &launch.interfaces);
+        interfaces.flat_map(|interface| interface.addresses.iter().copied()).collect()
+    }
+
+    /// Forgets instances that are gone, with all that they had.
+    fn forget(&mut self, seen: &Seen) {
+        let live: BTreeSet<&InstanceId> = self.launches.iter().map(|launch| &launch.instance).collect();
+        let is_live = |instance: &InstanceId| live.contains(instance) || seen.ours.contains_key(instance);
+        self.ports.keep(is_live);
+        self.looked_into.retain(|instance, _| is_live(instance));
+        self.starts.retain(|instance, _| is_live(instance));
+    }
+
+    /// Once the last instance of a VPC is gone, so is its network.
+    async fn sweep(&mut self, engine: &Engine) {
+        if !std::mem::take(&mut self.to_sweep) {
+            return;
+        }
+        let interfaces = self.launches.iter().flat_map(|launch| &launch.interfaces);
+        let in_use: BTreeSet<VpcId> = interfaces.map(|interface| interface.vpc.clone()).collect();
+        if let Err(error) = self.context.sweep(engine, &in_use).await {
+            tracing::debug!(%error, "networks are not swept");
+        }
+    }
+
+    /// Writes the tags of one instance whose tags aren't what they should be; the next look is for the next one.
+    async fn tag(&mut self, seen: &Seen) {
+        if let Some(task) = self.tagging.take() {
+            if !task.is_finished() {
+                self.tagging = Some(task);
+                return;
+            }
+            let result = task.await.map_err(|error| error.to_string()).and_then(|done| done.map_err(|e| e.to_string()));
+            self.untagged = result.err();
+        }
+        for launch in self.launches.iter().filter(|launch| seen.ours.contains_key(&launch.instance)) {
+            let tags = self.ports.tags(&launch.instance);
+            let missing: BTreeMap<String, String> =
+                tags.into_iter().filter(|(key, value)| launch.tags.get(key) != Some(value)).collect();
+            if missing.is_empty() {
+                continue;
+            }
+            let (context, instance) = (Arc::clone(&self.context), launch.instance.clone());
+            self.tagging = Some(tokio::spawn(async move { context.ec2.tag(&instance, &missing).await }));
+            return;
+        }
+    }
+
+    /// Notes how a worker fared.
+    fn note(&mut self, done: Result<Outcome, tokio::task::JoinError>) {
+        let (instance, goal, result) = match done {
+            Ok(outcome) => outcome,
+            Err(error) if error.is_cancelled() => return,
+            Err(error) => {
+                tracing::error!(%error, "a worker of the launcher ended badly");
+                return;
+            }
+        };
+        // One that was begun anew has another worker by now.
+        if self.workers.get(&instance).is_some_and(|worker| worker.goal == goal) {
+            self.workers.remove(&instance);
+        }
+        match result {
+            Ok(Done { enis, started }) => {
+                self.failed.remove(&instance);
+                if started {
+                    let last = self.starts.get(&instance).filter(|last| last.at.elapsed() < STEADY);
+                    let pause = last.map_or(BACK_OFF.0, |last| (last.pause * 2).min(BACK_OFF.1));
+                    self.starts.insert(instance.clone(), Start { at: Instant::now(), pause });
+                }
+                match goal {
+                    Goal::Gone => self.to_sweep = true,
+                    Goal::Stop => {
+                        self.starts.remove(&instance);
+                    }
+                    Goal::Run | Goal::Reboot => {
+                        self.looked_into.insert(instance, enis);
+                    }
+                }
+                self.hurry.notify_one();
+            }
+            Err(error) => {
+                let error = error.to_string();
+                let pause = self.failed.remove(&instance).map_or(BACK_OFF.0, |last| (last.pause * 2).min(BACK_OFF.1));
+                let again = Instant::now() + pause;
+                self.failed.insert(instance, Failed { goal, error, pause, again });
+            }
+        }
+    }
+
+    /// Settles which ports are to be published.
+    fn publish(&mut self, snapshot: &Snapshot) {
+        if self.state.read.is_none() {
+            return;
+        }
+        let launched = self.launches.iter().filter(|launch| self.looked_into.contains_key(&launch.instance));
+        let wanted = launched.map(|launch| {
+            let exposed = self.context.exposed(&launch.instance);
+            (launch.instance.clone(), ports::wanted(snapshot, &launch.instance, &exposed))
+        });
+        let wanted: BTreeMap<InstanceId, BTreeSet<u16>> = wanted.collect();
+        self.ports.update(&wanted);
+        self.state.ports = self.ports.published(|instance| wanted.contains_key(instance));
+    }
+
+    fn report(&mut self, generation: u64) {
+        self.state.generation = generation;
+        let underway = self.workers.iter().map(|(instance, worker)| {
+            let step = worker.step.text();
+            let step = if step.is_empty() { "it is being looked at".to_owned() } else { step };
+            format!("instance {instance}: {step}")
+        });
+        self.state.underway = underway.collect();
+        let failed = self.failed.iter().map(|(instance, failed)| Warning {
+            subject: instance.to_string(),
+            problem: match failed.goal {
+                Goal::Run | Goal::Reboot => format!("can't be launched: {}", failed.error),
+                Goal::Stop => format!("can't be stopped: {}", failed.error),
+                Goal::Gone => format!("can't be removed: {}", failed.error),
+            },
+        });
+        let ended = self.ended.iter().map(|instance| Warning {
+            subject: instance.to_string(),
+            problem: format!(
+                "its container ended by itself, and is started again; 'docker logs sg-agent-{instance}' may tell why"
+            ),
+        });
+        let untagged = self.untagged.iter().map(|error| Warning {
+            subject: "tags".to_owned(),
+            problem: format!("ports are not told by tags: {error}"),
+        });
+        self.state.warnings = failed.chain(ended).chain(untagged).chain(self.ports.warnings()).collect();
+        self.state.warnings.sort();
+        let state = &self.state;
+        self.tell.send_if_modified(|told| {
+            let is_news = **told != *state;
+            if is_news {
+                *told = Arc::new(state.clone());
+            }
+            is_news
+        });
+    }
+}
