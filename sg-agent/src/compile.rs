@@ -5,7 +5,7 @@
 //! yields one entry only, so every prefix carries the rules of all prefixes around it. A network ACL compiles into the
 //! same tables; there the first entry that both classes share decides.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 
 use fixedbitset::FixedBitSet;
 use ipnet::IpNet;
@@ -106,13 +106,8 @@ pub fn compile(spec: &Spec) -> Result<Compiled, CompileError> {
 
 /// Groups: all rules together, only ever allowing (SG-2.1).
 fn compile_rules(rules: &[Allowance]) -> Result<Table, CompileError> {
-    let mut table = tabulate(rules.iter().map(|rule| (rule.traffic, &rule.peers)), |shared| {
-        match shared.max_by_key(|&rule| rules[rule].is_any_source()) {
-            None => Match::None,
-            Some(rule) if rules[rule].is_any_source() => Match::Any,
-            Some(_) => Match::Narrow,
-        }
-    })?;
+    let says = |rule: usize| if rules[rule].is_any_source() { Match::Any } else { Match::Narrow };
+    let mut table = tabulate(rules.iter().map(|rule| (rule.traffic, &rule.peers)), Order::Together, says)?;
     for rule in rules {
         table.flags |= abi::HAS_RULES | free_replies(rule);
     }
@@ -121,10 +116,8 @@ fn compile_rules(rules: &[Allowance]) -> Result<Table, CompileError> {
 
 /// Network ACLs: the first entry that matches decides, and what none matches is denied (SG-5.1).
 fn compile_acl(entries: &[AclSpec]) -> Result<Table, CompileError> {
-    tabulate(entries.iter().map(|entry| (entry.traffic, &entry.peers)), |shared| match shared.next() {
-        Some(first) if entries[first].allow => Match::Narrow,
-        _ => Match::None,
-    })
+    let says = |entry: usize| if entries[entry].allow { Match::Narrow } else { Match::None };
+    tabulate(entries.iter().map(|entry| (entry.traffic, &entry.peers)), Order::FirstDecides, says)
 }
 
 /// The replies that one rule lets through untracked: those of all ports, from or to everywhere (SG-3.2).
@@ -139,10 +132,20 @@ fn free_replies(rule: &Allowance) -> u32 {
     [TCP, UDP].into_iter().filter(|&protocol| all_ports(protocol)).map(|p| abi::free_replies(is_v4, p)).sum()
 }
 
-/// Builds rows, columns and cells. `judge` is shown the rules that a row and a column share, in ascending order.
+/// What rules that cover the same packet mean together.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Order {
+    /// As much as the one that says most.
+    Together,
+    /// What the first of them says.
+    FirstDecides,
+}
+
+/// Builds rows, columns and cells, where `says` is what each rule says of what it covers.
 fn tabulate<'a>(
     rules: impl ExactSizeIterator<Item = (Traffic, &'a Peers)> + Clone,
-    judge: impl Fn(&mut dyn Iterator<Item = usize>) -> Match,
+    order: Order,
+    says: impl Fn(usize) -> Match,
 ) -> Result<Table, CompileError> {
     let count = rules.len();
     let mut rows = Classes::new(count);
@@ -168,13 +171,43 @@ fn tabulate<'a>(
         return Err(CompileError::TooManyCells { words });
     }
     table.matrix = vec![0; words];
+    let columns = columns.by_rule(count);
     for (row, peers) in rows.sets.iter().enumerate() {
-        for (column, ports) in columns.sets.iter().enumerate() {
-            let cell = judge(&mut peers.intersection(ports)) as u64;
-            table.matrix[row * row_words + column / 32] |= cell << (column % 32 * 2);
-        }
+        let cells = &mut table.matrix[row * row_words..(row + 1) * row_words];
+        fill(cells, peers.ones(), &columns, order, &says);
     }
     Ok(table)
+}
+
+/// Fills a row's cells. A rule is looked at once for each row that it is in, with all of its columns at a time: there may
+/// be tens of millions of cells, of which nearly all are empty.
+fn fill(
+    cells: &mut [u64],
+    rules: impl Iterator<Item = usize>,
+    columns: &[FixedBitSet],
+    order: Order,
+    says: impl Fn(usize) -> Match,
+) {
+    let width = columns.first().map_or(0, FixedBitSet::len);
+    let [mut decided, mut something, mut any] = std::array::from_fn(|_| FixedBitSet::with_capacity(width));
+    for rule in rules {
+        let mut covered = columns[rule].clone();
+        if order == Order::FirstDecides {
+            covered.difference_with(&decided);
+            decided.union_with(&covered);
+        }
+        match says(rule) {
+            Match::None => {}
+            Match::Narrow => something.union_with(&covered),
+            Match::Any => any.union_with(&covered),
+        }
+    }
+    something.difference_with(&any);
+    for (set, cell) in [(something, Match::Narrow), (any, Match::Any)] {
+        for column in set.ones() {
+            cells[column / 32] |= (cell as u64) << (column % 32 * 2);
+        }
+    }
 }
 
 /// Distinct sets of rules, numbered. Number 0 is the empty one.
@@ -197,6 +230,15 @@ impl Classes {
         self.sets.push(set.clone());
         self.numbers.insert(set.clone(), number);
         number
+    }
+
+    /// The classes that each of so many rules is in.
+    fn by_rule(&self, rules: usize) -> Vec<FixedBitSet> {
+        let mut classes = vec![FixedBitSet::with_capacity(self.sets.len()); rules];
+        for (class, set) in self.sets.iter().enumerate() {
+            set.ones().for_each(|rule| classes[rule].insert(class));
+        }
+        classes
     }
 }
 
@@ -308,17 +350,21 @@ fn ports(rules: impl Iterator<Item = Traffic>, count: usize, columns: &mut Class
 
 /// The stretches of ports on which the same rules apply, those left out on which only `every_port` do.
 fn intervals(ranges: &[(usize, u16, u16)], every_port: &FixedBitSet) -> Vec<(u16, u16, FixedBitSet)> {
-    let cuts: BTreeSet<u32> = ranges.iter().flat_map(|&(_, from, to)| [u32::from(from), u32::from(to) + 1]).collect();
-    let cuts: Vec<u32> = cuts.into_iter().collect();
+    // Where rules begin and end, in order; between two such places the same ones apply.
+    let mut cuts: BTreeMap<u32, Vec<(usize, bool)>> = BTreeMap::new();
+    for &(rule, from, to) in ranges.iter().filter(|&&(_, from, to)| (from, to) != (0, u16::MAX)) {
+        cuts.entry(from.into()).or_default().push((rule, true));
+        cuts.entry(u32::from(to) + 1).or_default().push((rule, false));
+    }
     let mut stretches = Vec::new();
-    for pair in cuts.windows(2) {
-        let (from, to) = (pair[0], pair[1] - 1);
-        let mut set = every_port.clone();
-        set.extend(
-            ranges.iter().filter(|&&(_, f, t)| u32::from(f) <= from && to <= u32::from(t)).map(|&(rule, ..)| rule),
-        );
-        if set != *every_port {
-            stretches.push((from as u16, to as u16, set));
+    let mut applying = every_port.clone();
+    let mut cuts = cuts.into_iter().peekable();
+    while let Some((from, changes)) = cuts.next() {
+        changes.into_iter().for_each(|(rule, begins)| applying.set(rule, begins));
+        if let Some(&(next, _)) = cuts.peek()
+            && applying != *every_port
+        {
+            stretches.push((from as u16, (next - 1) as u16, applying.clone()));
         }
     }
     stretches
@@ -357,5 +403,26 @@ mod tests {
             }
             assert_eq!(covered, (u32::from(from)..=u32::from(to)).collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn stretches_of_ports_have_the_rules_that_apply() {
+        let set = |rules: &[usize]| {
+            let mut set = FixedBitSet::with_capacity(6);
+            rules.iter().for_each(|&rule| set.insert(rule));
+            set
+        };
+        let ranges = [(0, 22, 22), (1, 10, 30), (2, 22, 22), (3, 0, u16::MAX), (4, 23, u16::MAX), (5, 50, 60)];
+        let every_port = set(&[3]);
+        let expected = [
+            (10, 21, set(&[1, 3])),
+            (22, 22, set(&[0, 1, 2, 3])),
+            (23, 30, set(&[1, 3, 4])),
+            (31, 49, set(&[3, 4])),
+            (50, 60, set(&[3, 4, 5])),
+            (61, u16::MAX, set(&[3, 4])),
+        ];
+        assert_eq!(intervals(&ranges, &every_port), expected);
+        assert!(intervals(&[(3, 0, u16::MAX)], &every_port).is_empty());
     }
 }

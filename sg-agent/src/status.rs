@@ -11,7 +11,7 @@ use crate::datapath::Maps;
 use crate::gateway::GatewayStatus;
 use crate::model::Warning;
 use crate::proxy::PortCounters;
-use crate::resolve::{PolicyKey, Spec};
+use crate::resolve::{Interface, PolicyKey, Spec};
 
 /// How things stand.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -124,7 +124,7 @@ pub struct InterfaceStatus {
     pub attached: bool,
     /// MAC address.
     pub mac: String,
-    /// Own addresses, the primary one first.
+    /// Own addresses, the primary one first; delegated IPv6 prefixes last.
     pub addresses: Vec<String>,
     /// Security groups.
     pub groups: Vec<String>,
@@ -197,7 +197,7 @@ impl Status {
                 ifindex,
                 attached: enforced.attached,
                 mac: interface.mac.map(|byte| format!("{byte:02x}")).join(":"),
-                addresses: interface.addresses.iter().map(ToString::to_string).collect(),
+                addresses: own_addresses(interface),
                 groups: interface.groups.iter().map(ToString::to_string).collect(),
                 policy: match interface.policy {
                     PolicyKey::Unknown => "unknown",
@@ -238,6 +238,12 @@ impl Status {
 }
 
 /// The name of a verdict's number; the number itself if programs are newer than this agent.
+/// Its addresses, then its delegated prefixes.
+fn own_addresses(interface: &Interface) -> Vec<String> {
+    let addresses = interface.addresses.iter().map(ToString::to_string);
+    addresses.chain(interface.prefixes.iter().map(ToString::to_string)).collect()
+}
+
 fn reason_name(number: u8) -> String {
     let pass = Pass::from_number(number).map(Pass::name);
     let drop = Drop::from_number(number).map(Drop::name);

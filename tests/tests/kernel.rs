@@ -31,6 +31,8 @@ mod malformed;
 mod neighbor;
 #[path = "kernel/options.rs"]
 mod options;
+#[path = "kernel/protocols.rs"]
+mod protocols;
 #[path = "kernel/published.rs"]
 mod published;
 #[path = "kernel/rules.rs"]

@@ -65,6 +65,7 @@ impl Applier {
         let failed = |error| DatapathError::Write { map: "INTERFACES", error };
         for (&ifindex, entry) in entries {
             if self.entries.get(&ifindex) != Some(entry) {
+                self.maps.writes += 1;
                 self.maps.interfaces.insert(ifindex, entry, 0).map_err(failed)?;
                 let old = self.entries.insert(ifindex, *entry);
                 self.departed.extend(old.map(|old| old.eni).filter(|&eni| eni != entry.eni));
@@ -72,6 +73,7 @@ impl Applier {
         }
         let gone: Vec<u32> = self.entries.keys().filter(|ifindex| !entries.contains_key(ifindex)).copied().collect();
         for ifindex in gone {
+            self.maps.writes += 1;
             absent_is_fine(self.maps.interfaces.remove(&ifindex)).map_err(failed)?;
             self.departed.extend(self.entries.remove(&ifindex).map(|old| old.eni));
         }
@@ -82,6 +84,7 @@ impl Applier {
         let failed = |error| DatapathError::Write { map: "SECONDARIES", error };
         for own in secondaries {
             if !self.secondaries.contains(own) {
+                self.maps.writes += 1;
                 self.maps.secondaries.insert(own_key(own), 1, 0).map_err(failed)?;
                 self.secondaries.insert(*own);
             }
@@ -93,6 +96,7 @@ impl Applier {
         let failed = |error| DatapathError::Write { map: "SECONDARIES", error };
         let gone: Vec<_> = self.secondaries.difference(staying).copied().collect();
         for own in gone {
+            self.maps.writes += 1;
             absent_is_fine(self.maps.secondaries.remove(&own_key(&own))).map_err(failed)?;
             self.secondaries.remove(&own);
         }
@@ -105,6 +109,7 @@ impl Applier {
         for (ifindex, entry) in self.entries.iter_mut().filter(|(_, entry)| entry.born != 0) {
             let ended = abi::Interface { born: 0, ..*entry };
             let failed = |error| DatapathError::Write { map: "INTERFACES", error };
+            self.maps.writes += 1;
             self.maps.interfaces.insert(ifindex, ended, 0).map_err(failed)?;
             *entry = ended;
         }

@@ -406,11 +406,13 @@ impl Applier {
         let failed = |error| DatapathError::Write { map: "MEMBERS", error };
         let gone: Vec<_> = self.tables.members.keys().filter(|place| !members.contains_key(place)).copied().collect();
         for place in gone {
+            self.maps.writes += 1;
             absent_is_fine(self.maps.members.remove(&members::key(&place))).map_err(failed)?;
             self.tables.members.remove(&place);
         }
         for (place, member) in members {
             if self.tables.members.get(place) != Some(member) {
+                self.maps.writes += 1;
                 self.maps.members.insert(members::key(place), member, 0).map_err(failed)?;
                 self.tables.members.insert(*place, *member);
             }
@@ -434,11 +436,13 @@ impl Applier {
         let failed = |error| DatapathError::Write { map: "EXEMPT", error };
         let gone: Vec<_> = self.tables.exempt.difference(&desired.exempt).cloned().collect();
         for place in gone {
+            self.maps.writes += 1;
             absent_is_fine(self.maps.exempt.remove(&key(&place))).map_err(failed)?;
             self.tables.exempt.remove(&place);
         }
         let new: Vec<_> = desired.exempt.difference(&self.tables.exempt).cloned().collect();
         for place in new {
+            self.maps.writes += 1;
             self.maps.exempt.insert(key(&place), 1, 0).map_err(failed)?;
             self.tables.exempt.insert(place);
         }

@@ -186,6 +186,7 @@ impl Written {
         let table = self.compiled.table(direction);
         let id = abi::table(self.number, direction);
         let start = self.matrices[direction as usize];
+        maps.writes += entries(table);
         for (offset, &word) in (start..).zip(&table.matrix) {
             maps.matrix.store(offset, word);
         }
@@ -207,6 +208,7 @@ impl Written {
     fn take_out(&self, maps: &mut Maps, direction: Direction) -> Result<(), DatapathError> {
         let table = self.compiled.table(direction);
         let id = abi::table(self.number, direction);
+        maps.writes += entries(table);
         maps.policies.set(id, Policy::default(), 0).map_err(write("POLICIES"))?;
         for network in table.networks.keys() {
             let removed = match cidr_key(id, network) {
@@ -224,6 +226,11 @@ impl Written {
         }
         Ok(())
     }
+}
+
+/// How many entries a table has: its header, and all else that isn't in the mapped matrix.
+fn entries(table: &Table) -> u64 {
+    (1 + table.networks.len() + table.ports.len() + table.references.len()) as u64
 }
 
 fn write(map: &'static str) -> impl FnOnce(MapError) -> DatapathError {

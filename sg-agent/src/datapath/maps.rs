@@ -16,6 +16,8 @@ use super::mapped::MappedWords;
 
 /// Every map that the agent reads or writes.
 pub struct Maps {
+    /// Entries of rule maps that were written or removed so far.
+    pub writes: u64,
     config: Array<MapData, Config>,
     /// Attached interfaces, by link index.
     pub interfaces: HashMap<MapData, u32, Interface>,
@@ -68,6 +70,7 @@ impl Maps {
         let bindings_map = array(ebpf, "BINDINGS")?;
         let matrix_map = array(ebpf, "MATRIX")?;
         Ok(Self {
+            writes: 0,
             config: typed(ebpf, "CONFIG")?,
             interfaces: typed(ebpf, "INTERFACES")?,
             bindings: mapped(&bindings_map, "BINDINGS", abi::MAX_BINDINGS)?,

@@ -112,8 +112,19 @@ impl Resolver {
                     return None;
                 }
             },
-            Peer::Group(_) | Peer::ForeignGroup { .. } => match referenced(world, peerings, scope, group, &rule.peer) {
-                Ok((owner, id)) => Peers::Group(self.group_number(&owner, id)),
+            Peer::Group(_) | Peer::ForeignGroup { .. } => match referenced(world, scope, &rule.peer) {
+                Ok((owner, found)) => {
+                    if let (Some(here), Some(there)) = (&group.vpc, &found.vpc)
+                        && !peerings.connect(scope, here, &owner, there)
+                    {
+                        let id = &found.id;
+                        dangling(format!(
+                            "security group {id} in {there}, which no active peering connects with {here}"
+                        ));
+                    }
+                    // Who is seen from where is the members' to tell: emulators put groups into any VPC.
+                    Peers::Group(self.group_number(&owner, &found.id))
+                }
                 Err(problem) => {
                     dangling(problem);
                     return None;
@@ -189,15 +200,9 @@ fn allows_all(entries: &[AclEntry]) -> bool {
     first(true) && first(false)
 }
 
-/// The scope that has the group that a rule refers to: the rule's own, or another account's in the same region; and if
-/// the two are in two VPCs, those are peered (SG-1.12).
-fn referenced<'a>(
-    world: &World,
-    peerings: &Peerings,
-    own: &Scope,
-    group: &SecurityGroup,
-    peer: &'a Peer,
-) -> Result<(Scope, &'a GroupId), String> {
+/// The group that a rule refers to, and where it is: in the rule's own account, or in another one in the same region
+/// (SG-1.12).
+fn referenced<'a>(world: &'a World, own: &Scope, peer: &Peer) -> Result<(Scope, &'a SecurityGroup), String> {
     let (owner, id) = match peer {
         Peer::Group(id) => (own.clone(), id),
         Peer::ForeignGroup { account, group } => {
@@ -206,16 +211,11 @@ fn referenced<'a>(
         _ => return Err("no security group".into()),
     };
     let name = if owner == *own { id.to_string() } else { format!("{id} of account {}", owner.account) };
-    let Some(inventory) = world.get(&owner) else {
-        return Err(format!("security group {name}, an account that no instance attached here is in"));
-    };
-    let Some(found) = inventory.groups.get(id) else {
-        return Err(format!("security group {name}, which does not exist"));
-    };
-    match (&group.vpc, &found.vpc) {
-        (Some(here), Some(there)) if !peerings.connect(own, here, &owner, there) => {
-            Err(format!("security group {name} in {there}, which no active peering connects with {here}"))
-        }
-        _ => Ok((owner, id)),
+    match world.get(&owner) {
+        None => Err(format!("security group {name}, an account that no instance attached here is in")),
+        Some(inventory) => match inventory.groups.get(id) {
+            None => Err(format!("security group {name}, which does not exist")),
+            Some(found) => Ok((owner, found)),
+        },
     }
 }

@@ -189,7 +189,7 @@ fn a_reference_reaches_into_another_account_across_a_peering() {
     assert_eq!(members, [""; 0], "SG-1.12: the peering is gone");
     assert_eq!(
         warnings,
-        ["sg-1 sgr-1: refers to security group sg-2 of account 000000000002 in vpc-2, which no active peering \
+        ["sg-1 sgr-1: refers to security group sg-2 in vpc-2, which no active peering \
           connects with vpc-1: it matches nothing"]
     );
 }
@@ -235,6 +235,20 @@ fn a_peered_vpc_of_the_same_account_is_seen() {
     let far = Scope { region: "eu-west-1".into(), ..scope() };
     world.get_mut(&scope()).expect("here").peerings = BTreeSet::from([peering(&far)]);
     assert_eq!(let_in(&world).0, [""; 0], "SG-1.12: no reference goes to another region");
+}
+
+#[test]
+fn who_is_in_a_vpc_is_its_interfaces_to_tell() {
+    // An emulator takes a group of another VPC for an interface, which AWS refuses.
+    let mut inventory = account("i-1", "sg-1", "vpc-1", "10.0.0.1", &[Peer::Group("sg-2".into())]);
+    let mut there = account("i-2", "sg-2", "vpc-2", "10.1.0.2", &[]);
+    there.enis.values_mut().for_each(|eni| eni.vpc = Some("vpc-1".into()));
+    inventory.groups.append(&mut there.groups);
+    inventory.enis.append(&mut there.enis);
+    inventory.instances.append(&mut there.instances);
+    let (members, warnings) = let_in(&World::from([(scope(), inventory)]));
+    assert_eq!(members, ["10.1.0.2/32"], "SG-1.9: the private addresses of the interfaces in that group");
+    assert!(warnings[0].contains("no active peering"), "{warnings:?}");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use sg_agent::apply::{Applier, ApplyError, Snapshot};
 use sg_agent::datapath::Datapath;
 use sg_agent::decide;
 use sg_agent::model::{GroupId, InstanceId, Peer, PrefixListId, RuleId, Scope, Traffic};
-use sg_agent::resolve::{Allowance, Desired, GroupSpec, Interface, Peers, PolicyKey, Spec};
+use sg_agent::resolve::{Allowance, Desired, GroupSpec, Interface, Membership, Peers, PolicyKey, Spec};
 use sg_common::abi::{self, Config, Direction};
 use sg_common::packet::TCP;
 use sg_common::policy::Match;
@@ -150,5 +150,81 @@ pub fn more_interfaces_than_fit_are_refused_whole() {
         let error = applier.apply(&state, true).expect_err("one interface too many");
         assert!(matches!(error, ApplyError::Capacity { what: "interfaces", .. }), "{error}");
         assert_eq!(applier.snapshot().generation, snapshot.generation);
+    });
+}
+
+#[test]
+pub fn a_group_is_in_as_many_rules_as_it_may_and_a_change_of_its_members_is_one_write() {
+    isolated(|| {
+        let mut applier = applier();
+        // A hundred group sets, each with ten rules that refer to one group of a thousand members.
+        let refer = |port: u16| Allowance {
+            peer: Peer::Group(GroupId::from("sg-all")),
+            peers: Peers::Group(1),
+            ..rule(port, 0, 1)
+        };
+        let policies = (0..100).map(|n| (key(n), groups((1..=10).map(refer).collect()))).collect();
+        let mut state = desired(policies);
+        let place = |n: u32| (1, IpNet::from(network(n).addr()));
+        let member = |groups: &[u32]| Membership { groups: groups.iter().copied().collect(), subnet: None };
+        state.members = (0..1_000).map(|n| (place(n), member(&[1]))).collect();
+        let writes = |applier: &mut Applier, state: &Desired| {
+            let before = applier.maps().writes;
+            applier.apply(state, true).expect("a state that fits");
+            applier.collect();
+            applier.maps().writes - before
+        };
+        assert!(writes(&mut applier, &state) > 3_000, "the count counts");
+        assert_eq!(writes(&mut applier, &state), 0, "SG-2.4: nothing has changed");
+
+        state.members.insert(place(2_000), member(&[1]));
+        assert_eq!(writes(&mut applier, &state), 1, "SG-2.4: one joins");
+        // The first who ever leaves ends the picking up of flows, once for each interface (SG-3.4).
+        state.members.remove(&place(0));
+        assert_eq!(writes(&mut applier, &state), 1 + u64::from(INSTANCES), "SG-2.4: the first one leaves");
+        for n in 1..10 {
+            state.members.remove(&place(n));
+            assert_eq!(writes(&mut applier, &state), 1, "SG-2.4: another one leaves");
+        }
+        state.members.insert(place(1), member(&[1]));
+        state.members.insert(place(20), member(&[1, 2]));
+        state.members.remove(&place(30));
+        assert_eq!(writes(&mut applier, &state), 3, "SG-2.4: three changes");
+        let interface = state.interfaces.get_mut(&1_000_000).expect("the first interface");
+        interface.addresses.push(IpAddr::from([198, 19, 0, 1]));
+        assert_eq!(writes(&mut applier, &state), 1, "SG-2.4: one more address");
+
+        // A rule is a change of its policy, and of no other.
+        state.policies.insert(key(0), groups((1..=11).map(refer).collect()));
+        assert!(writes(&mut applier, &state) < 100, "SG-2.4: the new policy, and the old one's end");
+    });
+}
+
+#[test]
+pub fn more_members_than_fit_are_refused_whole() {
+    isolated(|| {
+        let mut applier = applier();
+        let mut state = desired(BTreeMap::from([(key(0), groups(vec![rule(22, 0, 1)]))]));
+        let snapshot = applier.apply(&state, true).expect("a thousand fit");
+        let member = Membership { groups: BTreeSet::from([1]), subnet: None };
+        state.members = (0..=abi::MAX_MEMBERS).map(|n| ((1, IpNet::from(network(n).addr())), member.clone())).collect();
+        let error = applier.apply(&state, true).expect_err("one address too many");
+        assert!(matches!(error, ApplyError::Capacity { what: "members' addresses", .. }), "SG-1.14: {error}");
+        assert_eq!(applier.snapshot().generation, snapshot.generation);
+        assert_eq!(applier.maps().members.keys().count(), 0, "SG-1.14: nothing of it was written");
+    });
+}
+
+#[test]
+pub fn ten_thousand_rules_on_an_interface_all_count() {
+    isolated(|| {
+        let mut applier = applier();
+        let rules = (0..10_000).map(|n| rule(n as u16 + 1, n, 1)).collect();
+        let snapshot = applier.apply(&desired(BTreeMap::from([(key(0), groups(rules))])), true).expect("they fit");
+        for n in (0..10_000).step_by(97) {
+            for (port, expected) in [(n as u16 + 1, Match::Narrow), (n as u16 + 2, Match::None)] {
+                assert_eq!(ask(&snapshot, n, port), expected, "SG-1.14: rule {n}, port {port}");
+            }
+        }
     });
 }

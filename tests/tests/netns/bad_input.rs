@@ -207,3 +207,58 @@ fn without_root_it_says_so() {
     }
     assert_eq!(lab.agent.status()["enforced"], true, "the agent doesn't mind");
 }
+
+#[test]
+fn a_change_that_does_not_fit_is_refused_whole_and_said_everywhere() {
+    // SG-1.14
+    let mut lab = Lab::with(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &["tcp 22 0.0.0.0/0"])).start();
+    lab.serve("b", &[22, 80]);
+    assert_eq!(lab.agent.status()["refused_changes"], 0);
+    let good = lab.rules.clone();
+    // One group more than an address can be in, and each of them referred to.
+    let names: Vec<String> = (0..17).map(|number| format!("sg-z{number:02}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let references: Vec<String> = names.iter().map(|name| format!("tcp 80 {name}")).collect();
+    let references: Vec<&str> = references.iter().map(String::as_str).collect();
+    names.iter().for_each(|name| {
+        lab.rules.ingress(name, &[]);
+    });
+    lab.rules.ingress("sg-b", &references).member("i-a", &names).write();
+    let line = lab.agent.logged(&["ERROR", "10.0.1.", "17", "refused whole, the old policy stands"]);
+    assert!(!line.contains("sg-b"), "it names the address: {line}");
+    let status = lab.agent.status();
+    assert!(status["problems"].to_string().contains("refused whole"), "{status:#}");
+    assert_eq!((&status["refused_changes"], &status["enforced"]), (&json!(1), &json!(false)), "{status:#}");
+    lab.tcp("a", "b", 22)[0].passes();
+    lab.tcp("a", "b", 80)[0].vanishes();
+
+    lab.rules = good;
+    lab.change(|rules| rules.ingress("sg-b", &["tcp 80 0.0.0.0/0"]));
+    let status = lab.agent.status();
+    assert_eq!((&status["problems"], &status["refused_changes"]), (&json!([]), &json!(1)), "{status:#}");
+    lab.tcp("a", "b", 80)[0].passes();
+    lab.tcp("a", "b", 22)[0].vanishes();
+}
+
+#[test]
+fn a_group_that_is_listed_twice_is_one_or_a_contradiction() {
+    let mut lab = Lab::with(&["a", "b"]).rules(|rules| rules.ingress("sg-b", &["tcp 22 0.0.0.0/0"])).start();
+    lab.serve("b", &[22, 80]);
+    let text = std::fs::read_to_string(lab.rules.path()).expect("the file");
+    let document: Value = serde_json::from_str(&text).expect("what was written");
+    let groups = document["SecurityGroups"].clone();
+    // An object of the AWS CLI's for each call, and two of them with the same groups.
+    lab.rules.write_text(&json!([document, {"SecurityGroups": groups}]).to_string());
+    lab.agent.wait();
+    assert_eq!(lab.agent.status()["warnings"], json!([]));
+    lab.tcp("a", "b", 22)[0].passes();
+
+    let other = text.replace("\"FromPort\":22,", "\"FromPort\":80,").replace("\"ToPort\":22", "\"ToPort\":80");
+    let other: Value = serde_json::from_str(&other).expect("what was written, with another port");
+    assert_ne!(other, document);
+    lab.rules.write_text(&json!([document, {"SecurityGroups": other["SecurityGroups"]}]).to_string());
+    let path = lab.rules.path().display().to_string();
+    lab.agent.logged(&["WARN", &path, "security group sg-b is listed twice", "last good policy"]);
+    lab.tcp("a", "b", 22)[0].passes();
+    lab.tcp("a", "b", 80)[0].vanishes();
+}
