@@ -4,8 +4,13 @@
 mod bpf;
 mod change;
 mod gun;
+mod load;
+mod memory;
 mod packet;
+mod proxy;
 mod record;
+mod site;
+mod traffic;
 mod world;
 
 use std::process::ExitCode;
@@ -34,6 +39,16 @@ enum Section {
     Packet,
     /// A change of rules or members, inside the agent
     Change,
+    /// Bulk TCP between two containers
+    Bulk,
+    /// Connections between two containers
+    Connections,
+    /// Datagrams between two containers
+    Small,
+    /// The agent's memory and that of its maps
+    Memory,
+    /// Published ports
+    Proxy,
 }
 
 fn main() -> ExitCode {
@@ -52,6 +67,11 @@ fn run(options: &Options, recorder: &Recorder) -> Result<()> {
         match section {
             Section::Packet => isolated(|| packet::run(&recorder.section("packet")))?,
             Section::Change => isolated(|| change::run(&recorder.section("change")))?,
+            Section::Bulk => isolated(|| traffic::bulk(&recorder.section("bulk")))?,
+            Section::Connections => isolated(|| traffic::connections(&recorder.section("connections")))?,
+            Section::Small => isolated(|| traffic::small(&recorder.section("small")))?,
+            Section::Memory => isolated(|| memory::run(&recorder.section("memory")))?,
+            Section::Proxy => isolated(|| proxy::run(&recorder.section("proxy")))?,
         }
         recorder.check()?;
     }

@@ -127,8 +127,8 @@ pub fn networks(is_v4: bool, count: usize) -> Vec<IpNet> {
 fn network(is_v4: bool, random: u64) -> IpNet {
     if is_v4 {
         let length = [20, 24, 24, 28, 32][(random >> 40) as usize % 5];
-        // 64.0.0.0/2: nothing in it has a meaning of its own.
-        let address = Ipv4Addr::from(0x4000_0000 | random as u32 & 0x3fff_ffff);
+        // 64.0.0.0/3: nothing in it is a martian.
+        let address = Ipv4Addr::from(0x4000_0000 | random as u32 & 0x1fff_ffff);
         IpNet::V4(Ipv4Net::new_assert(address, length).trunc())
     } else {
         let length = [48, 56, 64, 64, 128][(random >> 40) as usize % 5];
@@ -264,8 +264,9 @@ pub fn mac(number: usize) -> [u8; 6] {
 /// iproute2's.
 pub fn attach(instances: usize) -> Result<Vec<Attachment>> {
     let mut lines = String::new();
-    for number in 0..instances {
-        writeln!(lines, "link add {} type dummy", link(number))?;
+    // Both ends of a veth are links, and nothing crosses them.
+    for number in (0..instances).step_by(2) {
+        writeln!(lines, "link add {} type veth peer name {}", link(number), link(number + 1))?;
     }
     let mut ip = Command::new("ip")
         .args(["-batch", "-"])
