@@ -1,6 +1,7 @@
 //! sg-agent's development commands: parses the command line and hands over to one module a command.
 
 mod agent_image;
+mod bench;
 mod build;
 mod cmd;
 mod demo;
@@ -40,6 +41,8 @@ enum Command {
     Image(agent_image::Options),
     /// Fuzz: the properties with millions of packets, and the libFuzzer targets
     Fuzz(fuzz::Options),
+    /// Measure everything beside its peers, and write a report (target/bench)
+    Bench(bench::Options),
     /// Play a session with the AWS CLI, Docker and SSH, and check every outcome
     Demo,
 }
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Command::Test(options) => test::run(&options),
         Command::Image(options) => agent_image::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Demo => demo::run(),
     });
     match outcome {

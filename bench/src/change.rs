@@ -1,0 +1,142 @@
+//! What a change of rules or members costs the agent itself, from the inventories in memory to the kernel's maps, and
+//! the first time that everything is brought there.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Instant;
+
+use anyhow::Result;
+use ipnet::{IpNet, Ipv4Net};
+use sg_agent::compile::compile;
+use sg_agent::model::{Eni, EniId, GroupId, Inventory, Peer, PrefixList, PrefixListId, Traffic, VpcId};
+use sg_agent::resolve::Resolver;
+
+use crate::record::{Bound, Recorder, median};
+use crate::world::{self, Agent, Timing};
+
+/// Rules of each group.
+const RULES: usize = 60;
+/// Entries of the long prefix list.
+const ENTRIES: usize = 1_000;
+
+/// What changes, one after the other.
+const CHANGES: [(&str, Change); 4] =
+    [("one rule", one_rule), ("one member more", one_member), ("a list of 1,000", long_list), ("nothing", |_, _| {})];
+
+type Change = fn(&mut Inventory, usize);
+
+/// Measures every change at several sizes.
+///
+/// # Errors
+/// The kernel's.
+pub fn run(recorder: &Recorder) -> Result<()> {
+    for instances in [1, 100, 1_000] {
+        let groups = instances.min(100);
+        let inventory = world::fleet(instances, groups, RULES);
+        compiling(recorder, &inventory, instances)?;
+        let mut agent = Agent::new(inventory, world::attach(instances)?)?;
+        let first = agent.change(|_| {})?;
+        let at = ("instances", instances as f64);
+        recorder.point("first sync", "resolve", "ms", at, &[first.resolve.as_secs_f64() * 1e3]);
+        recorder.point("first sync", "compile and apply", "ms", at, &[first.apply.as_secs_f64() * 1e3]);
+        if instances == 1_000 {
+            recorder.target("first sync of 1,000 instances, s", &[first.total() / 1e3], Bound::AtMost(1.0));
+        }
+        for (what, change) in CHANGES {
+            let mut timings: Vec<Timing> = Vec::new();
+            for round in 0..recorder.rounds(40) {
+                recorder.check()?;
+                timings.push(agent.change(|inventory| change(inventory, round))?);
+            }
+            report(recorder, what, at, &timings);
+        }
+    }
+    Ok(())
+}
+
+fn report(recorder: &Recorder, what: &str, at: (&str, f64), timings: &[Timing]) {
+    let resolve: Vec<f64> = timings.iter().map(|timing| timing.resolve.as_secs_f64() * 1e3).collect();
+    let apply: Vec<f64> = timings.iter().map(|timing| timing.apply.as_secs_f64() * 1e3).collect();
+    let total: Vec<f64> = timings.iter().map(Timing::total).collect();
+    recorder.point(what, "resolve", "ms", at, &resolve);
+    recorder.point(what, "compile and apply", "ms", at, &apply);
+    recorder.point(what, "both", "ms", at, &total);
+    if at.1 >= 1_000.0 && what != "nothing" {
+        recorder.target(&format!("{what}, at 1,000 instances, ms"), &total, Bound::AtMost(1.0));
+    }
+}
+
+/// What compiling one group's policy takes by itself.
+fn compiling(recorder: &Recorder, inventory: &Inventory, instances: usize) -> Result<()> {
+    if instances > 1 {
+        return Ok(());
+    }
+    for rules in [1, 60, 1_000] {
+        let mut inventory = inventory.clone();
+        let networks = world::networks(true, 1_000);
+        world::spread_rules(&mut inventory, rules, &networks);
+        let world = [(tests::lab::scope(), inventory)].into();
+        let attachments = world::attachments(1, |_| 1);
+        let desired = Resolver::default().resolve(&world, &tests::lab::scope(), &attachments);
+        let Some(spec) = desired.policies.values().next() else { continue };
+        let mut times = Vec::new();
+        for _ in 0..recorder.rounds(20) {
+            let started = Instant::now();
+            compile(spec)?;
+            times.push(started.elapsed().as_secs_f64() * 1e3);
+        }
+        recorder.point("compile one policy of 1,000 prefixes", "compile", "ms", ("rules", rules as f64), &times);
+        if rules == 60 && median(&times) > 1.0 {
+            recorder.note("compiling one policy of 60 rules takes more than a millisecond");
+        }
+    }
+    Ok(())
+}
+
+/// The group that changes: the last instance's, or the first one's if it is alone.
+fn changing(inventory: &Inventory) -> GroupId {
+    let last = inventory.groups.keys().rev().find(|id| id.0.ends_with("-0"));
+    last.cloned().unwrap_or_else(|| GroupId::from(world::SUBJECT))
+}
+
+fn one_rule(inventory: &mut Inventory, round: usize) {
+    let id = changing(inventory);
+    if let Some(group) = inventory.groups.get_mut(&id) {
+        let port = 40_000 + round as u16;
+        let peer = Peer::Ipv4(Ipv4Net::default());
+        group.ingress.push(world::rule(900_000 + round, Traffic::Tcp { from: port, to: port }, peer));
+        if group.ingress.len() > RULES + 1 {
+            group.ingress.remove(RULES);
+        }
+    }
+}
+
+fn one_member(inventory: &mut Inventory, round: usize) {
+    let number = 5_000 + round;
+    let [high, low] = (number as u16).to_be_bytes();
+    let eni = Eni {
+        id: EniId::from(format!("eni-more-{number}").as_str()),
+        instance: None,
+        device_index: 0,
+        groups: [changing(inventory)].into(),
+        subnet: None,
+        vpc: Some(VpcId::from("vpc-1")),
+        addresses: vec![IpAddr::from([10, 99, high, low])],
+        prefixes: Vec::new(),
+        source_dest_check: true,
+    };
+    inventory.enis.insert(eni.id.clone(), eni);
+}
+
+fn long_list(inventory: &mut Inventory, round: usize) {
+    let id = PrefixListId::from("pl-long");
+    let mut entries: std::collections::BTreeSet<IpNet> = world::networks(true, ENTRIES).into_iter().collect();
+    // One entry differs from round to round.
+    let other = Ipv4Net::new_assert(Ipv4Addr::from(0xc000_0000 + ((round as u32) << 8)), 24);
+    entries.insert(IpNet::V4(other));
+    inventory.prefix_lists.insert(id.clone(), PrefixList { id: id.clone(), version: round as i64, entries });
+    let group = changing(inventory);
+    if let Some(group) = inventory.groups.get_mut(&group) {
+        group.ingress.retain(|rule| rule.peer != Peer::PrefixList(id.clone()));
+        group.ingress.push(world::rule(800_000, Traffic::Tcp { from: 443, to: 443 }, Peer::PrefixList(id)));
+    }
+}
