@@ -189,7 +189,7 @@ async fn bodies_are_streamed_both_ways() {
 }
 
 fn has_chunked(message: &[u8]) -> bool {
-    head_of(message).0.iter().any(|line| line.to_ascii_lowercase() == "transfer-encoding: chunked")
+    head_of(message).0.iter().any(|line| line.eq_ignore_ascii_case("transfer-encoding: chunked"))
 }
 
 #[tokio::test(flavor = "multi_thread")]

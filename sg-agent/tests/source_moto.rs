@@ -110,7 +110,7 @@ fn first(body: &str, element: &str) -> Option<String> {
 
 async fn poll(ec2: &Ec2, instances: &[&str]) -> Inventory {
     let instances: BTreeSet<InstanceId> = instances.iter().map(|id| InstanceId::from(*id)).collect();
-    ec2.inventory(&Wanted { instances: Some(instances) }).await.unwrap()
+    ec2.inventory(&Wanted { instances: Some(instances), ..Wanted::default() }).await.unwrap()
 }
 
 fn groups_of(inventory: &Inventory, instance: &str) -> Vec<BTreeSet<GroupId>> {

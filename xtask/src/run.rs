@@ -15,6 +15,8 @@ use crate::deps::{self, docker::Engine, python::Venv};
 use crate::moto::{self, Moto};
 use crate::{build, cmd, ui};
 
+/// Where the agent's gateway listens by default.
+const GATEWAY: &str = "127.0.0.1:4566";
 /// How long the agent may take to end after a signal.
 const STOP: Duration = Duration::from_secs(15);
 
@@ -68,7 +70,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if let Some(endpoint) = &endpoint {
         command.args(["--endpoint-url", endpoint]);
         if moto.is_some() {
-            print!("{}", how_to(endpoint, &commands));
+            print!("{}", how_to(&client_endpoint(endpoint, &options.agent), &commands));
         }
     }
     command.args(&options.agent);
@@ -76,6 +78,26 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     drop(moto);
     drop(engine);
     Ok(code)
+}
+
+/// Where clients go: to the agent's gateway, unless it has none.
+fn client_endpoint(endpoint: &str, agent: &[OsString]) -> String {
+    let arguments: Vec<_> = agent.iter().map(|argument| argument.to_string_lossy()).collect();
+    let own = arguments.iter().enumerate().find_map(|(at, argument)| match argument.strip_prefix("--gateway") {
+        Some("") => arguments.get(at + 1).map(ToString::to_string),
+        Some(rest) => rest.strip_prefix('=').map(str::to_owned),
+        None => None,
+    });
+    // As the agent does: by default it goes without, where something else has the port.
+    let is_free = || std::net::TcpListener::bind(GATEWAY).is_ok();
+    match own {
+        _ if arguments.iter().any(|argument| argument == "--no-gateway" || argument == "--rules") => {
+            endpoint.to_owned()
+        }
+        Some(address) => format!("http://{address}"),
+        None if is_free() => format!("http://{GATEWAY}"),
+        None => endpoint.to_owned(),
+    }
 }
 
 /// Runs the agent until its end; a signal to xtask is the agent's.
@@ -125,7 +147,7 @@ fn how_to(endpoint: &str, commands: &Commands) -> String {
     }
     format!(
         "
-Moto is the control plane. In another terminal:
+Moto is the control plane, the agent's gateway the way to it: a change is enforced when its call returns. In another terminal:
 
   export AWS_ENDPOINT_URL={endpoint} {exports}
   {aliases}
@@ -143,7 +165,7 @@ Moto is the control plane. In another terminal:
   ssh -p 32022 root@127.0.0.1
 5. the rule goes, and nobody gets in:
   aws ec2 revoke-security-group-ingress --group-id $SG --protocol tcp --port 22 --cidr 0.0.0.0/0
-  sg-agent status --wait 10
+  ssh -p 32022 root@127.0.0.1
 
 Moto forgets everything when it ends; what is enforced stays until `sg-agent detach`.
 `cargo xtask demo` plays such a session by itself, with an image of its own.
@@ -155,6 +177,16 @@ Moto forgets everything when it ends; what is enforced stays until `sg-agent det
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn clients_go_to_the_gateway_where_there_is_one() {
+        let of = |agent: &[&str]| {
+            client_endpoint("http://127.0.0.1:5000", &agent.iter().map(OsString::from).collect::<Vec<_>>())
+        };
+        assert_eq!(of(&["--no-gateway"]), "http://127.0.0.1:5000");
+        assert_eq!(of(&["--gateway", "127.0.0.1:9000"]), "http://127.0.0.1:9000");
+        assert_eq!(of(&["--log-drops", "--gateway=127.0.0.1:9001"]), "http://127.0.0.1:9001");
+    }
 
     #[test]
     fn the_how_to_names_the_endpoint_credentials_and_commands() {

@@ -54,7 +54,7 @@ impl Daemon {
                 poller.forget();
             }
             poller.note_modified(modified.clone());
-            poller.hurry();
+            poller.hurry_for_change();
         }
         self.commits.wait(asked, hints, reply);
         self.serve_waiting();
@@ -66,7 +66,7 @@ impl Daemon {
         let asked = Instant::now();
         let hints = self.stale();
         for poller in hints.iter().filter_map(|hint| self.pollers.running.get(hint)) {
-            poller.hurry();
+            poller.hurry_for_change();
         }
         self.commits.wait(asked, hints, reply);
         self.serve_waiting();

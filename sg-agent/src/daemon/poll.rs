@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc, watch};
@@ -34,6 +35,8 @@ pub struct Poller {
     task: JoinHandle<()>,
     wanted: watch::Sender<BTreeSet<InstanceId>>,
     hurry: Arc<Notify>,
+    /// Whether the next read is for somebody who waits for a change.
+    is_urgent: Arc<AtomicBool>,
     /// The endpoint, if it is one.
     ec2: Option<Arc<Ec2>>,
     name: String,
@@ -68,28 +71,33 @@ impl Poller {
         let hurry = Arc::new(Notify::new());
         let hurried = Arc::clone(&hurry);
         let kept = Arc::clone(&ec2);
+        let is_urgent = Arc::new(AtomicBool::new(false));
+        let urgent = Arc::clone(&is_urgent);
         let task = tokio::spawn(async move {
             let mut pause = interval;
             loop {
                 let began = Instant::now();
                 let asked_for = wishes.borrow_and_update().clone();
-                let result = ec2
-                    .inventory(&Wanted { instances: Some(asked_for.clone()) })
-                    .await
-                    .map(|inventory| (ec2.scope().clone(), inventory));
+                let wanted = Wanted { instances: Some(asked_for.clone()), is_urgent: urgent.swap(false, Relaxed) };
+                let result = ec2.inventory(&wanted).await.map(|inventory| (ec2.scope().clone(), inventory));
                 pause = if result.is_ok() { interval } else { (pause * 2).min(LONGEST_PAUSE) };
                 let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, result });
                 if events.send(Event::Polled(polled)).await.is_err() {
                     return;
                 }
+                // From one beginning to the next, so that a change shows within the interval and the time of a read; but
+                // a slow endpoint has as long to itself as it took.
+                let took = began.elapsed();
                 tokio::select! {
-                    () = tokio::time::sleep(pause) => {}
+                    () = tokio::time::sleep(pause.saturating_sub(took).max(took)) => {}
                     () = hurried.notified() => {}
                     changed = wishes.changed() => if changed.is_err() { return },
                 }
             }
         });
-        Ok(Self::new(task, wanted, hurry, Some(kept), name, scope))
+        let mut poller = Self::new(task, wanted, hurry, Some(kept), name, scope);
+        poller.is_urgent = is_urgent;
+        Ok(poller)
     }
 
     /// Reads a rules file when it has changed.
@@ -134,7 +142,19 @@ impl Poller {
         scope: Scope,
     ) -> Self {
         let asked_for = BTreeSet::new();
-        Self { task, wanted, hurry, ec2, name, scope, asked_for, attempt: None, success: None, error: None }
+        Self {
+            task,
+            wanted,
+            hurry,
+            is_urgent: Arc::default(),
+            ec2,
+            name,
+            scope,
+            asked_for,
+            attempt: None,
+            success: None,
+            error: None,
+        }
     }
 
     /// From now on, these instances are asked for; at once, if they are others than before.
@@ -146,8 +166,15 @@ impl Poller {
         });
     }
 
-    /// Reads now.
+    /// Reads now what somebody waits for, and leaves for later what only people look at.
+    pub(super) fn hurry_for_change(&self) {
+        self.is_urgent.store(true, Relaxed);
+        self.hurry.notify_one();
+    }
+
+    /// Reads now, all of it.
     pub(super) fn hurry(&self) {
+        self.is_urgent.store(false, Relaxed);
         self.hurry.notify_one();
     }
 

@@ -34,6 +34,8 @@ pub struct Wanted {
     /// These instances, their interfaces' groups with the rules, and the members of the groups that those refer to;
     /// a group that is only referred to comes without rules. `None` is everything.
     pub instances: Option<BTreeSet<InstanceId>>,
+    /// Whether somebody waits: rules of groups that have changed may then come without their ids.
+    pub is_urgent: bool,
 }
 
 /// Why there is no inventory; the one before it stays good.

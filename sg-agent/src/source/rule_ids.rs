@@ -37,6 +37,13 @@ impl RuleIds {
         groups.iter().filter(|group| !is_kept(group)).map(|group| group.id.clone()).collect()
     }
 
+    /// The kept rules of all groups but these.
+    pub fn kept(&self, but: &BTreeSet<String>) -> Vec<wire::GroupRule> {
+        let kept = self.lock();
+        let others = kept.iter().filter(|(group, _)| !but.contains(*group));
+        others.flat_map(|(_, kept)| kept.rules.iter().cloned()).collect()
+    }
+
     /// Keeps what was read of `groups`, forgets all other groups, and gives the rules of all of these.
     ///
     /// Rules that name other peers than their group are newer than it, and aren't kept: if the group goes back to what

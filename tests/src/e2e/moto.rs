@@ -146,7 +146,8 @@ impl Moto {
     /// Makes an agent read from here, or from what stands before it at `url`.
     pub fn serve(&self, agent: &mut Agent, url: &str) {
         Self::reach(agent, url);
-        agent.arguments(["--poll-interval", "0.2"]);
+        // Agents of other tests would want the gateway's port as well.
+        agent.arguments(["--poll-interval", "0.2", "--no-gateway"]);
     }
 
     /// Makes an agent read from `url`, however often it does.

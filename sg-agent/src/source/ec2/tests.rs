@@ -91,7 +91,7 @@ async fn one_call_that_fails_fails_the_inventory() {
 async fn nobody_wanted_is_one_question() {
     let empty = "<DescribeInstancesResponse><reservationSet/></DescribeInstancesResponse>";
     let fake = Fake::start(move |_, _| Reply::ok(empty)).await;
-    let wanted = Wanted { instances: Some(BTreeSet::new()) };
+    let wanted = Wanted { instances: Some(BTreeSet::new()), ..Wanted::default() };
     assert_eq!(ec2(&fake).inventory(&wanted).await.unwrap(), Inventory::default());
     assert_eq!(fake.actions(), ["DescribeInstances"]);
 }
@@ -101,7 +101,7 @@ async fn filters_are_split_at_what_aws_takes() {
     let fake =
         Fake::start(|_, _| Reply::ok("<DescribeInstancesResponse><reservationSet/></DescribeInstancesResponse>")).await;
     let instances: BTreeSet<InstanceId> = (0..401).map(|n| InstanceId::from(format!("i-{n:04}").as_str())).collect();
-    let inventory = ec2(&fake).inventory(&Wanted { instances: Some(instances) }).await.unwrap();
+    let inventory = ec2(&fake).inventory(&Wanted { instances: Some(instances), ..Wanted::default() }).await.unwrap();
     assert!(inventory.instances.is_empty());
     let mut sizes: Vec<usize> = fake.requests().iter().map(|r| r.form.len() - 3).collect();
     sizes.sort_unstable();
@@ -117,6 +117,37 @@ async fn the_account_is_learnt_from_the_owner() {
     let mut ec2 = ec2(&fake);
     ec2.account_is_known = false;
     assert_eq!(ec2.scope().to_string(), "123456789012/us-east-1");
-    ec2.inventory(&Wanted { instances: Some(["i-1".into()].into()) }).await.unwrap();
+    ec2.inventory(&Wanted { instances: Some(["i-1".into()].into()), ..Wanted::default() }).await.unwrap();
     assert_eq!(ec2.scope().to_string(), "000000000007/us-east-1");
+}
+
+#[tokio::test]
+async fn who_waits_for_a_change_does_not_wait_for_rules_ids() {
+    let fake = Fake::start(recorded).await;
+    let ec2 = ec2(&fake);
+    let instances: Option<BTreeSet<InstanceId>> = Some(["i-ff1051133a966d34b".into()].into());
+    let urgent = Wanted { instances: instances.clone(), is_urgent: true };
+    let asked_for_rules = || fake.actions().iter().filter(|action| *action == "DescribeSecurityGroupRules").count();
+    let id = "sg-c4fac25716521a0ec".into();
+    let first = |inventory: &Inventory| inventory.groups[&id].ingress[0].id.to_string();
+    let before = ec2.inventory(&urgent).await.unwrap();
+    assert_eq!((asked_for_rules(), first(&before)), (0, "sg-c4fac25716521a0ec/ingress[0]".to_owned()));
+    let whole = ec2.inventory(&Wanted { instances, is_urgent: false }).await.unwrap();
+    assert_eq!((asked_for_rules(), first(&whole)), (1, "sgr-18658cbeb6b4c0aab".to_owned()));
+    let kept = ec2.inventory(&urgent).await.unwrap();
+    assert_eq!((asked_for_rules(), kept), (1, whole), "what hasn't changed keeps its ids");
+}
+
+#[tokio::test]
+async fn a_group_that_is_gone_does_not_hide_the_others() {
+    let fake = Fake::start(|request, n| {
+        if request.form.contains_key("GroupId.1") {
+            Reply::error("InvalidGroup.NotFound")
+        } else {
+            recorded(request, n)
+        }
+    })
+    .await;
+    let wanted = Wanted { instances: Some(["i-ff1051133a966d34b".into()].into()), ..Wanted::default() };
+    assert!(ec2(&fake).inventory(&wanted).await.unwrap().groups.contains_key(&"sg-c4fac25716521a0ec".into()));
 }
