@@ -38,7 +38,7 @@ use crate::gateway::{self, Gateway};
 use crate::model::{Inventory, Scope, Warning};
 use crate::proxy::{self, Freshness, Proxy};
 use crate::resolve::{self, Resolver, Unknown, World};
-use crate::source::Ec2Options;
+use crate::source::{Ec2Options, Extent};
 
 /// Where this agent's files are; every subcommand has these.
 #[derive(Clone, Debug)]
@@ -275,7 +275,7 @@ impl Daemon {
                 self.desk.wait(asked, patience, reply);
                 self.lookout.hurry();
                 for poller in self.pollers.running.values() {
-                    poller.hurry();
+                    poller.hurry(Extent::Everything);
                 }
             }
         }

@@ -3,7 +3,10 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicU8,
+    Ordering::{Acquire, Release},
+};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc, watch};
@@ -12,7 +15,7 @@ use tokio::task::JoinHandle;
 use super::Event;
 use super::pollers::Hint;
 use crate::model::{InstanceId, Inventory, Scope};
-use crate::source::{Ec2, Ec2Options, ModifiedRule, RulesFile, SourceError, Wanted};
+use crate::source::{Ec2, Ec2Options, Extent, ModifiedRule, RulesFile, SourceError, Wanted};
 use crate::status::SourceStatus;
 
 /// The longest time between two polls of a source that fails.
@@ -27,6 +30,7 @@ pub struct Polled {
     /// When it began: what it says was so at that moment or later.
     began: Instant,
     asked_for: BTreeSet<InstanceId>,
+    extent: Extent,
     result: Result<(Scope, Inventory), SourceError>,
 }
 
@@ -35,14 +39,16 @@ pub struct Poller {
     task: JoinHandle<()>,
     wanted: watch::Sender<BTreeSet<InstanceId>>,
     hurry: Arc<Notify>,
-    /// Whether the next read is for somebody who waits for a change.
-    is_urgent: Arc<AtomicBool>,
+    /// What the next read is for, as bits; none is a poll.
+    asked: Arc<AtomicU8>,
     /// The endpoint, if it is one.
     ec2: Option<Arc<Ec2>>,
     name: String,
     scope: Scope,
     asked_for: BTreeSet<InstanceId>,
     attempt: Option<Instant>,
+    /// When the last read of at least the rules began that succeeded.
+    rules: Option<Instant>,
     success: Option<Instant>,
     error: Option<String>,
 }
@@ -71,32 +77,42 @@ impl Poller {
         let hurry = Arc::new(Notify::new());
         let hurried = Arc::clone(&hurry);
         let kept = Arc::clone(&ec2);
-        let is_urgent = Arc::new(AtomicBool::new(false));
-        let urgent = Arc::clone(&is_urgent);
+        let asked = Arc::new(AtomicU8::new(0));
+        let asking = Arc::clone(&asked);
         let task = tokio::spawn(async move {
-            let mut pause = interval;
+            let (mut pause, mut due) = (interval, Instant::now());
             loop {
                 let began = Instant::now();
                 let asked_for = wishes.borrow_and_update().clone();
-                let wanted = Wanted { instances: Some(asked_for.clone()), is_urgent: urgent.swap(false, Relaxed) };
+                let asked = asking.swap(0, Acquire);
+                let extent = extent(asked);
+                let wanted = Wanted { instances: Some(asked_for.clone()), extent };
                 let result = ec2.inventory(&wanted).await.map(|inventory| (ec2.scope().clone(), inventory));
                 pause = if result.is_ok() { interval } else { (pause * 2).min(LONGEST_PAUSE) };
-                let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, result });
+                // From one beginning to the next, so that a change shows within the interval and the time of a read; but
+                // a slow endpoint has as long to itself as it took. Those who wait for less don't put the poll off.
+                if result.is_err() || asked == 0 {
+                    due = began + pause.max(2 * began.elapsed());
+                }
+                let is_complete = asked != 0 || result.is_err() || !ec2.lacks_ids();
+                let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, extent, result });
                 if events.send(Event::Polled(polled)).await.is_err() {
                     return;
                 }
-                // From one beginning to the next, so that a change shows within the interval and the time of a read; but
-                // a slow endpoint has as long to itself as it took.
-                let took = began.elapsed();
+                if !is_complete {
+                    // What has changed is enforced; what only people look at comes after.
+                    asking.fetch_or(bit(Extent::Everything), Release);
+                    continue;
+                }
                 tokio::select! {
-                    () = tokio::time::sleep(pause.saturating_sub(took).max(took)) => {}
+                    () = tokio::time::sleep_until(due.into()) => {}
                     () = hurried.notified() => {}
                     changed = wishes.changed() => if changed.is_err() { return },
                 }
             }
         });
         let mut poller = Self::new(task, wanted, hurry, Some(kept), name, scope);
-        poller.is_urgent = is_urgent;
+        poller.asked = asked;
         Ok(poller)
     }
 
@@ -116,7 +132,8 @@ impl Poller {
                 let asked_for = wishes.borrow_and_update().clone();
                 let loaded = tokio::task::block_in_place(|| RulesFile::load(&path));
                 let result = loaded.map(|inventory| (its_scope.clone(), inventory));
-                let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, result });
+                let polled =
+                    Box::new(Polled { hint: hint.clone(), began, asked_for, extent: Extent::Everything, result });
                 if events.send(Event::Polled(polled)).await.is_err() {
                     return;
                 }
@@ -146,12 +163,13 @@ impl Poller {
             task,
             wanted,
             hurry,
-            is_urgent: Arc::default(),
+            asked: Arc::default(),
             ec2,
             name,
             scope,
             asked_for,
             attempt: None,
+            rules: None,
             success: None,
             error: None,
         }
@@ -166,15 +184,10 @@ impl Poller {
         });
     }
 
-    /// Reads now what somebody waits for, and leaves for later what only people look at.
-    pub(super) fn hurry_for_change(&self) {
-        self.is_urgent.store(true, Relaxed);
-        self.hurry.notify_one();
-    }
-
-    /// Reads now, all of it.
-    pub(super) fn hurry(&self) {
-        self.is_urgent.store(false, Relaxed);
+    /// Reads so much now.
+    pub(super) fn hurry(&self, extent: Extent) {
+        // In this order: the read that begins by this finds what it is for.
+        self.asked.fetch_or(bit(extent), Release);
         self.hurry.notify_one();
     }
 
@@ -206,7 +219,10 @@ impl Poller {
                     tracing::info!(source = %self.name, "answers again");
                 }
                 self.scope = scope.clone();
-                self.success = Some(polled.began);
+                self.rules = Some(polled.began);
+                if polled.extent > Extent::Rules {
+                    self.success = Some(polled.began);
+                }
                 self.asked_for = polled.asked_for;
                 Some((scope, inventory))
             }
@@ -237,7 +253,12 @@ impl Poller {
         self.scope.clone()
     }
 
-    /// When the last read that succeeded began; `None` if none did.
+    /// The same for a read that may have been of rules alone.
+    pub(super) fn last_rules(&self) -> Option<Instant> {
+        self.rules
+    }
+
+    /// When the last read of everything began that succeeded; `None` if none did.
     pub(super) fn last_success(&self) -> Option<Instant> {
         self.success
     }
@@ -261,6 +282,16 @@ impl Poller {
             error: self.error.clone(),
         }
     }
+}
+
+fn bit(extent: Extent) -> u8 {
+    1 << extent as u8
+}
+
+/// The least that everybody who asked can do with; a poll, which nobody asked for, is about what is enforced.
+fn extent(asked: u8) -> Extent {
+    let by_most = [Extent::Everything, Extent::Enforced, Extent::Rules];
+    by_most.into_iter().find(|extent| asked & bit(*extent) != 0).unwrap_or(Extent::Enforced)
 }
 
 /// What changes when a file does, also by renaming another over it.

@@ -23,7 +23,7 @@ use super::quirks::{self, Quirks};
 use super::rule_ids::RuleIds;
 use super::settings::{Ec2Options, Settings};
 use super::wire;
-use super::{SourceError, Wanted};
+use super::{Extent, SourceError, Wanted};
 use crate::model::{GroupId, Inventory, Scope};
 
 /// An instance that there isn't.
@@ -47,7 +47,19 @@ pub struct Ec2 {
     told_of_default_groups: AtomicBool,
     rule_ids: RuleIds,
     corrections: Corrections,
+    lacks_ids: AtomicBool,
     vpcs: Mutex<BTreeMap<String, wire::Vpc>>,
+    ground: Mutex<Option<Ground>>,
+}
+
+/// What a change of rules leaves as it is.
+#[derive(Debug)]
+struct Ground {
+    /// What was asked for.
+    instances: BTreeSet<String>,
+    reservations: Vec<wire::Reservation>,
+    subnets: Vec<wire::Subnet>,
+    acls: Vec<wire::NetworkAcl>,
 }
 
 impl Ec2 {
@@ -70,7 +82,9 @@ impl Ec2 {
             told_of_default_groups: AtomicBool::new(false),
             rule_ids: RuleIds::default(),
             corrections: Corrections::default(),
+            lacks_ids: AtomicBool::new(false),
             vpcs: Mutex::default(),
+            ground: Mutex::default(),
         })
     }
 
@@ -84,6 +98,11 @@ impl Ec2 {
         self.emulator
     }
 
+    /// Whether rules of the last read came without their ids.
+    pub fn lacks_ids(&self) -> bool {
+        self.lacks_ids.load(Ordering::Relaxed)
+    }
+
     /// Rules were modified so, whatever an emulator will show.
     pub fn note_modified(&self, rules: Vec<ModifiedRule>) {
         if self.emulator {
@@ -95,6 +114,7 @@ impl Ec2 {
     pub fn forget(&self) {
         self.corrections.forget();
         self.known_vpcs().clear();
+        *self.last_ground() = None;
     }
 
     /// The account and region. Without `account` among the options it is the owner of what the first inventory held,
@@ -107,7 +127,7 @@ impl Ec2 {
     pub async fn inventory(&self, wanted: &Wanted) -> Result<Inventory, SourceError> {
         let mut facts = match &wanted.instances {
             None => self.everything().await?,
-            Some(instances) => self.of(instances.iter().map(|id| id.to_string()).collect(), wanted.is_urgent).await?,
+            Some(instances) => self.of(instances.iter().map(|id| id.to_string()).collect(), wanted.extent).await?,
         };
         facts.own_groups = self.own_groups(&facts).await?;
         self.learn_account(&facts);
@@ -120,7 +140,7 @@ impl Ec2 {
         let (reservations, interfaces, (groups, rules), vpcs, subnets, acls, peerings) = tokio::try_join!(
             self.client.all::<DescribeInstances>(vec![]),
             self.client.all::<DescribeNetworkInterfaces>(vec![]),
-            self.groups(None, false),
+            self.groups(None, Extent::Everything),
             optional(self.client.all::<DescribeVpcs>(vec![])),
             optional(self.client.all::<DescribeSubnets>(vec![])),
             optional(self.client.all::<DescribeNetworkAcls>(vec![])),
@@ -144,24 +164,36 @@ impl Ec2 {
     }
 
     /// The wanted instances first, then their groups, then what those refer to: three rounds, whatever else is there.
-    async fn of(&self, mut instances: BTreeSet<String>, is_urgent: bool) -> Result<Facts, SourceError> {
+    async fn of(&self, mut instances: BTreeSet<String>, extent: Extent) -> Result<Facts, SourceError> {
         if instances.is_empty() {
             // Still asked, so that an endpoint that doesn't answer is known before anybody depends on it.
             instances.insert(NOBODY.to_owned());
         }
-        let mut reservations = self.filtered::<DescribeInstances>("instance-id", &instances).await?;
+        let last = self.last_ground().take().filter(|last| extent == Extent::Rules && last.instances == instances);
+        let mut reservations = match &last {
+            Some(last) => last.reservations.clone(),
+            None => self.filtered::<DescribeInstances>("instance-id", &instances).await?,
+        };
+        let own = reservations.clone();
         let live = || live_instances(&reservations);
         let in_groups: BTreeSet<String> = live().flat_map(all_groups).map(|id| id.to_string()).collect();
         let interfaces = live().flat_map(|instance| &instance.interfaces);
         let in_subnets: BTreeSet<String> = interfaces.filter_map(|interface| interface.subnet.clone()).collect();
         let interfaces = live().flat_map(|instance| &instance.interfaces);
         let in_vpcs: BTreeSet<String> = interfaces.filter_map(|interface| interface.vpc.clone()).collect();
-        let ((mut groups, rules), vpcs, subnets, acls) = tokio::try_join!(
-            self.groups(Some(&in_groups), is_urgent),
-            self.vpcs(&in_vpcs),
-            optional(self.filtered::<DescribeSubnets>("subnet-id", &in_subnets)),
-            optional(self.filtered::<DescribeNetworkAcls>("association.subnet-id", &in_subnets)),
-        )?;
+        let networks = async {
+            match last {
+                Some(last) => Ok((last.subnets, last.acls)),
+                None => tokio::try_join!(
+                    optional(self.filtered::<DescribeSubnets>("subnet-id", &in_subnets)),
+                    optional(self.filtered::<DescribeNetworkAcls>("association.subnet-id", &in_subnets)),
+                ),
+            }
+        };
+        let ((mut groups, rules), vpcs, (subnets, acls)) =
+            tokio::try_join!(self.groups(Some(&in_groups), extent), self.vpcs(&in_vpcs), networks)?;
+        let (kept_subnets, kept_acls) = (subnets.clone(), acls.clone());
+        *self.last_ground() = Some(Ground { instances, reservations: own, subnets: kept_subnets, acls: kept_acls });
 
         let (referred, lists) = references(&groups, rules.as_deref());
         let unread: BTreeSet<String> = referred.difference(&in_groups).cloned().collect();
@@ -199,6 +231,10 @@ impl Ec2 {
         })
     }
 
+    fn last_ground(&self) -> MutexGuard<'_, Option<Ground>> {
+        self.ground.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// VPCs. What is used of one, its primary network, never changes, so each is asked for once.
     async fn vpcs(&self, ids: &BTreeSet<String>) -> Result<Vec<wire::Vpc>, SourceError> {
         let unread: BTreeSet<String> = {
@@ -216,12 +252,12 @@ impl Ec2 {
     }
 
     /// The groups, and their rules with ids: `None` where the endpoint can't list them, and the groups' permissions
-    /// have to do. They do as well for groups that have changed, where somebody waits: Moto goes through every rule
-    /// that there is for the ids, 100 ms and more at 20,000.
+    /// have to do. They do as well for groups that have changed, unless everything is asked for: Moto goes through every
+    /// rule that there is for the ids, 100 ms and more at 20,000.
     async fn groups(
         &self,
         ids: Option<&BTreeSet<String>>,
-        is_urgent: bool,
+        extent: Extent,
     ) -> Result<(Vec<wire::SecurityGroup>, Option<Vec<wire::GroupRule>>), SourceError> {
         let groups = match ids {
             None => self.client.all::<DescribeSecurityGroups>(vec![]).await?,
@@ -230,10 +266,10 @@ impl Ec2 {
         let now = Instant::now();
         let to_read = self.rule_ids.to_read(&groups, now);
         // A modification that isn't shown is known by the rule's id.
-        if is_urgent && self.corrections.is_empty() {
-            let mut rules = self.rule_ids.kept(&to_read);
-            let changed = groups.iter().filter(|group| to_read.contains(&group.id));
-            rules.extend(changed.flat_map(convert::from_permissions));
+        if extent < Extent::Everything && self.corrections.is_empty() {
+            self.lacks_ids.store(!to_read.is_empty(), Ordering::Relaxed);
+            let of = |group| self.rule_ids.kept(group).unwrap_or_else(|| convert::from_permissions(group));
+            let rules = groups.iter().flat_map(of).collect();
             return Ok((groups, Some(rules)));
         }
         let rules = if ids.is_none() && to_read.len() > FILTER_RULES {
@@ -246,6 +282,7 @@ impl Ec2 {
             rules => {
                 let mut rules = self.rule_ids.update(&groups, &to_read, rules?, now);
                 self.corrections.apply(&mut rules);
+                self.lacks_ids.store(false, Ordering::Relaxed);
                 Ok((groups, Some(rules)))
             }
         }

@@ -34,8 +34,20 @@ pub struct Wanted {
     /// These instances, their interfaces' groups with the rules, and the members of the groups that those refer to;
     /// a group that is only referred to comes without rules. `None` is everything.
     pub instances: Option<BTreeSet<InstanceId>>,
-    /// Whether somebody waits: rules of groups that have changed may then come without their ids.
-    pub is_urgent: bool,
+    /// How much of it has to be read anew.
+    pub extent: Extent,
+}
+
+/// How much is read anew. Less than everything is for somebody who waits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub enum Extent {
+    /// Groups, their rules and what those refer to. Instances and subnets may be those of the last read.
+    Rules,
+    /// Everything that is enforced. Rules of groups that have changed may come without their ids.
+    Enforced,
+    /// Everything.
+    #[default]
+    Everything,
 }
 
 /// Why there is no inventory; the one before it stays good.

@@ -37,11 +37,10 @@ impl RuleIds {
         groups.iter().filter(|group| !is_kept(group)).map(|group| group.id.clone()).collect()
     }
 
-    /// The kept rules of all groups but these.
-    pub fn kept(&self, but: &BTreeSet<String>) -> Vec<wire::GroupRule> {
+    /// The rules of a group that reads as it did, however long that is ago.
+    pub fn kept(&self, group: &wire::SecurityGroup) -> Option<Vec<wire::GroupRule>> {
         let kept = self.lock();
-        let others = kept.iter().filter(|(group, _)| !but.contains(*group));
-        others.flat_map(|(_, kept)| kept.rules.iter().cloned()).collect()
+        kept.get(&group.id).filter(|kept| kept.group == *group).map(|kept| kept.rules.clone())
     }
 
     /// Keeps what was read of `groups`, forgets all other groups, and gives the rules of all of these.

@@ -122,20 +122,41 @@ async fn the_account_is_learnt_from_the_owner() {
 }
 
 #[tokio::test]
-async fn who_waits_for_a_change_does_not_wait_for_rules_ids() {
-    let fake = Fake::start(recorded).await;
+async fn who_waits_for_a_change_waits_for_no_more_than_that() {
+    // What rules refer to isn't there.
+    let fake = Fake::start(|request, n| match request.form.get("GroupId.1") {
+        Some(id) if !id.starts_with("sg-2f7fd6a8") => {
+            Reply::ok("<DescribeSecurityGroupsResponse><securityGroupInfo/></DescribeSecurityGroupsResponse>")
+        }
+        _ => recorded(request, n),
+    })
+    .await;
     let ec2 = ec2(&fake);
     let instances: Option<BTreeSet<InstanceId>> = Some(["i-ff1051133a966d34b".into()].into());
-    let urgent = Wanted { instances: instances.clone(), is_urgent: true };
+    let urgent = Wanted { instances: instances.clone(), extent: Extent::Enforced };
     let asked_for_rules = || fake.actions().iter().filter(|action| *action == "DescribeSecurityGroupRules").count();
     let id = "sg-c4fac25716521a0ec".into();
     let first = |inventory: &Inventory| inventory.groups[&id].ingress[0].id.to_string();
     let before = ec2.inventory(&urgent).await.unwrap();
     assert_eq!((asked_for_rules(), first(&before)), (0, "sg-c4fac25716521a0ec/ingress[0]".to_owned()));
-    let whole = ec2.inventory(&Wanted { instances, is_urgent: false }).await.unwrap();
+    let whole = ec2.inventory(&Wanted { instances: instances.clone(), extent: Extent::Everything }).await.unwrap();
     assert_eq!((asked_for_rules(), first(&whole)), (1, "sgr-18658cbeb6b4c0aab".to_owned()));
     let kept = ec2.inventory(&urgent).await.unwrap();
-    assert_eq!((asked_for_rules(), kept), (1, whole), "what hasn't changed keeps its ids");
+    assert_eq!((asked_for_rules(), &kept), (1, &whole), "what hasn't changed keeps its ids");
+    // And where rules alone have changed, nothing but groups and what they refer to is read.
+    let before = fake.actions();
+    let rules = ec2.inventory(&Wanted { instances, extent: Extent::Rules }).await.unwrap();
+    assert_eq!(rules, whole);
+    let count = |actions: &[String], action: &str| actions.iter().filter(|other| *other == action).count();
+    let after = fake.actions();
+    for (action, more) in [("DescribeSecurityGroups", true), ("DescribeSubnets", false), ("DescribeNetworkAcls", false)]
+    {
+        assert_eq!(count(&after, action) > count(&before, action), more, "{action}");
+    }
+    // Others are asked for: theirs aren't known.
+    let other = Wanted { instances: Some(["i-1".into()].into()), extent: Extent::Rules };
+    ec2.inventory(&other).await.unwrap();
+    assert!(count(&fake.actions(), "DescribeSubnets") > count(&after, "DescribeSubnets"));
 }
 
 #[tokio::test]
