@@ -29,6 +29,19 @@ pub fn status(status: &Status) -> String {
             clean(&source.region)
         );
     }
+    if let Some(gateway) = &status.gateway {
+        let _ = writeln!(
+            text,
+            "gateway at http://{} to {}: {} requests, {} changes: {} enforced when answered, {} late, {} failed",
+            gateway.address,
+            clean(&gateway.endpoint),
+            gateway.requests,
+            gateway.changes,
+            gateway.committed,
+            gateway.late,
+            gateway.failed
+        );
+    }
     text.push('\n');
     text += &interfaces(&status.interfaces);
     if !status.published.is_empty() {

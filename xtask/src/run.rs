@@ -15,6 +15,8 @@ use crate::deps::{self, docker::Engine, python::Venv};
 use crate::moto::{self, Moto};
 use crate::{build, cmd, image, launched, ui};
 
+/// Where the agent's gateway listens by default.
+const GATEWAY: &str = "127.0.0.1:4566";
 /// How long the agent may take to end after a signal.
 const STOP: Duration = Duration::from_secs(15);
 
@@ -77,7 +79,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if let Some(endpoint) = &endpoint {
         command.args(["--endpoint-url", endpoint]);
         if moto.is_some() {
-            print!("{}", how_to(endpoint, &commands, launch));
+            print!("{}", how_to(&client_endpoint(endpoint, &options.agent), &commands, launch));
         }
     }
     if launch && !has("--launch") {
@@ -98,6 +100,26 @@ fn remove_launched(engine: &Engine, agent: &[OsString]) {
     let given = agent.iter().position(|argument| argument == "--state-dir").and_then(|at| agent.get(at + 1));
     let given = given.cloned().or_else(|| env::var_os("SG_STATE_DIR"));
     launched::remove(engine, &given.map_or_else(|| STATE_DIR.to_owned(), |directory| directory.display().to_string()));
+}
+
+/// Where clients go: to the agent's gateway, unless it has none.
+fn client_endpoint(endpoint: &str, agent: &[OsString]) -> String {
+    let arguments: Vec<_> = agent.iter().map(|argument| argument.to_string_lossy()).collect();
+    let own = arguments.iter().enumerate().find_map(|(at, argument)| match argument.strip_prefix("--gateway") {
+        Some("") => arguments.get(at + 1).map(ToString::to_string),
+        Some(rest) => rest.strip_prefix('=').map(str::to_owned),
+        None => None,
+    });
+    // As the agent does: by default it goes without, where something else has the port.
+    let is_free = || std::net::TcpListener::bind(GATEWAY).is_ok();
+    match own {
+        _ if arguments.iter().any(|argument| argument == "--no-gateway" || argument == "--rules") => {
+            endpoint.to_owned()
+        }
+        Some(address) => format!("http://{address}"),
+        None if is_free() => format!("http://{GATEWAY}"),
+        None => endpoint.to_owned(),
+    }
 }
 
 /// Runs the agent until its end; a signal to xtask is the agent's.
@@ -148,7 +170,7 @@ fn how_to(endpoint: &str, commands: &Commands, launch: bool) -> String {
     let steps = if launch { LAUNCHED } else { BY_HAND };
     format!(
         "
-Moto is the control plane. In another terminal:
+Moto is the control plane, the agent's gateway the way to it: a change is enforced when its call returns. In another terminal:
 
   export AWS_ENDPOINT_URL={endpoint} {exports}
   {aliases}
@@ -176,7 +198,7 @@ const LAUNCHED: &str = "\
   ssh -i me.pem -p 32022 root@127.0.0.1
 4. the rule goes, and nobody gets in:
   aws ec2 revoke-security-group-ingress --group-id $SG --protocol tcp --port 22 --cidr 0.0.0.0/0
-  sg-agent status --wait 10
+  ssh -i me.pem -o ConnectTimeout=3 -p 32022 root@127.0.0.1
 5. the instance goes, and its container with it:
   aws ec2 terminate-instances --instance-ids $ID
 ";
@@ -193,12 +215,22 @@ const BY_HAND: &str = "\
   sg-agent explain --to $ID --from 127.0.0.1 --port 22
 4. the rule goes, and nobody gets in:
   aws ec2 revoke-security-group-ingress --group-id $SG --protocol tcp --port 22 --cidr 0.0.0.0/0
-  sg-agent status --wait 10
+  sg-agent explain --to $ID --from 127.0.0.1 --port 22
 ";
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn clients_go_to_the_gateway_where_there_is_one() {
+        let of = |agent: &[&str]| {
+            client_endpoint("http://127.0.0.1:5000", &agent.iter().map(OsString::from).collect::<Vec<_>>())
+        };
+        assert_eq!(of(&["--no-gateway"]), "http://127.0.0.1:5000");
+        assert_eq!(of(&["--gateway", "127.0.0.1:9000"]), "http://127.0.0.1:9000");
+        assert_eq!(of(&["--log-drops", "--gateway=127.0.0.1:9001"]), "http://127.0.0.1:9001");
+    }
 
     #[test]
     fn the_how_to_names_the_endpoint_credentials_and_commands() {

@@ -12,7 +12,7 @@ use super::pollers::Hint;
 use super::{Daemon, Origins};
 use crate::gateway::{self, Commit, Gateway, GatewayError};
 use crate::model::Warning;
-use crate::source::Ec2;
+use crate::source::{Ec2, Extent};
 
 /// The gateway, or a warning where it would have been by default and can't be.
 ///
@@ -37,7 +37,7 @@ pub(super) async fn open_gateway(
             Ok((Some(gateway), None))
         }
         Err(error @ (GatewayError::Listen { .. } | GatewayError::Itself { .. })) if wanted.address.is_none() => {
-            let problem = format!("{error}; until then changes are noticed by polling alone");
+            let problem = format!("{error}; changes are noticed by polling alone");
             Ok((None, Some(Warning { subject: "gateway".into(), problem })))
         }
         Err(error) => Err(error.into()),
@@ -47,16 +47,17 @@ pub(super) async fn open_gateway(
 impl Daemon {
     /// Somebody has changed something: it is read anew.
     pub(super) fn commit(&mut self, commit: Commit) {
-        let Commit { whom, asked, modified, anew, reply } = commit;
+        let Commit { whom, asked, modified, extent, reply } = commit;
+        let is_of_rules = extent == gateway::Extent::Rules;
         let hints = self.pollers.of(&whom);
         for poller in hints.iter().filter_map(|hint| self.pollers.running.get(hint)) {
-            if anew {
+            if extent == gateway::Extent::Anew {
                 poller.forget();
             }
             poller.note_modified(modified.clone());
-            poller.hurry();
+            poller.hurry(if is_of_rules { Extent::Rules } else { Extent::Enforced });
         }
-        self.commits.wait(asked, hints, reply);
+        self.commits.wait(asked, is_of_rules, hints, reply);
         self.serve_waiting();
     }
 
@@ -66,9 +67,9 @@ impl Daemon {
         let asked = Instant::now();
         let hints = self.stale();
         for poller in hints.iter().filter_map(|hint| self.pollers.running.get(hint)) {
-            poller.hurry();
+            poller.hurry(Extent::Enforced);
         }
-        self.commits.wait(asked, hints, reply);
+        self.commits.wait(asked, false, hints, reply);
         self.serve_waiting();
     }
 

@@ -12,6 +12,8 @@ use super::pollers::Hint;
 /// Somebody waits for reads that began after `asked`.
 struct Waiting {
     asked: Instant,
+    /// Whether a read of rules will do.
+    is_of_rules: bool,
     hints: BTreeSet<Hint>,
     reply: oneshot::Sender<Result<(), String>>,
 }
@@ -33,16 +35,22 @@ pub struct Commits {
 }
 
 impl Commits {
-    /// Somebody waits for these sources to be read after `asked`.
-    pub fn wait(&mut self, asked: Instant, hints: BTreeSet<Hint>, reply: oneshot::Sender<Result<(), String>>) {
-        self.waiting.push(Waiting { asked, hints, reply });
+    /// Somebody waits for these sources to be read after `asked`, or for their rules.
+    pub fn wait(
+        &mut self,
+        asked: Instant,
+        is_of_rules: bool,
+        hints: BTreeSet<Hint>,
+        reply: oneshot::Sender<Result<(), String>>,
+    ) {
+        self.waiting.push(Waiting { asked, is_of_rules, hints, reply });
     }
 
     /// Answers those whose reads are done, and enforced unless `refused` says why not.
     ///
     /// Who has gone without an answer is kept until what it waited for is read: until then the policy is stale.
     pub fn serve(&mut self, pollers: &BTreeMap<Hint, Poller>, refused: Option<&String>) {
-        let standing = |waiting: &Waiting| standing(waiting.asked, waiting.hints.iter().filter_map(|h| pollers.get(h)));
+        let standing = |waiting: &Waiting| standing(waiting, waiting.hints.iter().filter_map(|h| pollers.get(h)));
         let done = |waiting: &mut Waiting| match standing(waiting) {
             Standing::Unread => false,
             Standing::Read => true,
@@ -68,14 +76,17 @@ impl Commits {
 }
 
 /// A source that is no longer read, since nothing here is of it, needs no waiting for.
-fn standing<'a>(asked: Instant, pollers: impl Iterator<Item = &'a Poller>) -> Standing {
+fn standing<'a>(waiting: &Waiting, pollers: impl Iterator<Item = &'a Poller>) -> Standing {
     let mut standing = Standing::Read;
     for poller in pollers {
-        if poller.last_success().is_some_and(|read| read >= asked) {
+        let read = if waiting.is_of_rules { poller.last_rules() } else { poller.last_success() };
+        if read.is_some_and(|read| read >= waiting.asked) {
             continue;
         }
         match poller.error() {
-            Some(error) if poller.last_attempt().is_some_and(|tried| tried >= asked) => return Standing::Failed(error),
+            Some(error) if poller.last_attempt().is_some_and(|tried| tried >= waiting.asked) => {
+                return Standing::Failed(error);
+            }
             _ => standing = Standing::Unread,
         }
     }

@@ -43,7 +43,7 @@ use crate::launcher;
 use crate::model::{Inventory, Scope, Warning};
 use crate::proxy::{self, Freshness, Proxy};
 use crate::resolve::{self, Resolver, Unknown, World};
-use crate::source::Ec2Options;
+use crate::source::{Ec2Options, Extent};
 
 /// Where this agent's files are; every subcommand has these.
 #[derive(Clone, Debug)]
@@ -331,7 +331,7 @@ impl Daemon {
                 self.desk.wait(asked, patience, reply);
                 self.lookout.hurry();
                 for poller in self.pollers.running.values() {
-                    poller.hurry();
+                    poller.hurry(Extent::Everything);
                 }
                 self.launcher.iter().for_each(launcher::Handle::hurry);
             }
@@ -439,7 +439,7 @@ impl Daemon {
         self.asked.retain(|(_, waiting)| !waiting.is_closed());
         self.asked.push((Instant::now(), ask));
         for poller in self.pollers.running.values() {
-            poller.hurry();
+            poller.hurry(Extent::Enforced);
         }
     }
 

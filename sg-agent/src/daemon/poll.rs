@@ -3,6 +3,10 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{
+    AtomicU8,
+    Ordering::{Acquire, Release},
+};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc, watch};
@@ -11,7 +15,7 @@ use tokio::task::JoinHandle;
 use super::Event;
 use super::pollers::Hint;
 use crate::model::{GroupId, InstanceId, Inventory, Scope};
-use crate::source::{Ec2, Ec2Options, ModifiedRule, RulesFile, SourceError, Wanted};
+use crate::source::{Ec2, Ec2Options, Extent, ModifiedRule, RulesFile, SourceError, Wanted};
 use crate::status::SourceStatus;
 
 /// The longest time between two polls of a source that fails.
@@ -26,6 +30,7 @@ pub struct Polled {
     /// When it began: what it says was so at that moment or later.
     began: Instant,
     asked_for: Wanted,
+    extent: Extent,
     result: Result<(Scope, Inventory), SourceError>,
 }
 
@@ -34,12 +39,16 @@ pub struct Poller {
     task: JoinHandle<()>,
     wanted: watch::Sender<Wanted>,
     hurry: Arc<Notify>,
+    /// What the next read is for, as bits; none is a poll.
+    asked: Arc<AtomicU8>,
     /// The endpoint, if it is one.
     ec2: Option<Arc<Ec2>>,
     name: String,
     scope: Scope,
     asked_for: Wanted,
     attempt: Option<Instant>,
+    /// When the last read of at least the rules began that succeeded.
+    rules: Option<Instant>,
     success: Option<Instant>,
     error: Option<String>,
 }
@@ -68,25 +77,43 @@ impl Poller {
         let hurry = Arc::new(Notify::new());
         let hurried = Arc::clone(&hurry);
         let kept = Arc::clone(&ec2);
+        let asked = Arc::new(AtomicU8::new(0));
+        let asking = Arc::clone(&asked);
         let task = tokio::spawn(async move {
-            let mut pause = interval;
+            let (mut pause, mut due) = (interval, Instant::now());
             loop {
                 let began = Instant::now();
                 let asked_for = wishes.borrow_and_update().clone();
-                let result = ec2.inventory(&asked_for).await.map(|inventory| (ec2.scope().clone(), inventory));
+                let asked = asking.swap(0, Acquire);
+                let extent = extent(asked);
+                let wanted = Wanted { extent, ..asked_for.clone() };
+                let result = ec2.inventory(&wanted).await.map(|inventory| (ec2.scope().clone(), inventory));
                 pause = if result.is_ok() { interval } else { (pause * 2).min(LONGEST_PAUSE) };
-                let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, result });
+                // From one beginning to the next, so that a change shows within the interval and the time of a read; but
+                // a slow endpoint has as long to itself as it took. Those who wait for less don't put the poll off.
+                if result.is_err() || asked == 0 {
+                    due = began + pause.max(2 * began.elapsed());
+                }
+                let is_complete = asked != 0 || result.is_err() || !ec2.lacks_ids();
+                let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, extent, result });
                 if events.send(Event::Polled(polled)).await.is_err() {
                     return;
                 }
+                if !is_complete {
+                    // What has changed is enforced; what only people look at comes after.
+                    asking.fetch_or(bit(Extent::Everything), Release);
+                    continue;
+                }
                 tokio::select! {
-                    () = tokio::time::sleep(pause) => {}
+                    () = tokio::time::sleep_until(due.into()) => {}
                     () = hurried.notified() => {}
                     changed = wishes.changed() => if changed.is_err() { return },
                 }
             }
         });
-        Ok(Self::new(task, wanted, hurry, Some(kept), name, scope))
+        let mut poller = Self::new(task, wanted, hurry, Some(kept), name, scope);
+        poller.asked = asked;
+        Ok(poller)
     }
 
     /// Reads a rules file when it has changed.
@@ -105,7 +132,8 @@ impl Poller {
                 let asked_for = wishes.borrow_and_update().clone();
                 let loaded = tokio::task::block_in_place(|| RulesFile::load(&path));
                 let result = loaded.map(|inventory| (its_scope.clone(), inventory));
-                let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, result });
+                let polled =
+                    Box::new(Polled { hint: hint.clone(), began, asked_for, extent: Extent::Everything, result });
                 if events.send(Event::Polled(polled)).await.is_err() {
                     return;
                 }
@@ -131,12 +159,25 @@ impl Poller {
         scope: Scope,
     ) -> Self {
         let asked_for = nobody();
-        Self { task, wanted, hurry, ec2, name, scope, asked_for, attempt: None, success: None, error: None }
+        Self {
+            task,
+            wanted,
+            hurry,
+            asked: Arc::default(),
+            ec2,
+            name,
+            scope,
+            asked_for,
+            attempt: None,
+            rules: None,
+            success: None,
+            error: None,
+        }
     }
 
     /// From now on, these instances are asked for, and these groups; at once, if they are others than before.
     pub(super) fn want(&self, instances: BTreeSet<InstanceId>, groups: BTreeSet<GroupId>) {
-        let now = Wanted { instances: Some(instances), groups };
+        let now = Wanted { instances: Some(instances), groups, ..Wanted::default() };
         self.wanted.send_if_modified(|wanted| {
             let is_new = *wanted != now;
             *wanted = now;
@@ -144,8 +185,10 @@ impl Poller {
         });
     }
 
-    /// Reads now.
-    pub(super) fn hurry(&self) {
+    /// Reads so much now.
+    pub(super) fn hurry(&self, extent: Extent) {
+        // In this order: the read that begins by this finds what it is for.
+        self.asked.fetch_or(bit(extent), Release);
         self.hurry.notify_one();
     }
 
@@ -177,7 +220,10 @@ impl Poller {
                     tracing::info!(source = %self.name, "answers again");
                 }
                 self.scope = scope.clone();
-                self.success = Some(polled.began);
+                self.rules = Some(polled.began);
+                if polled.extent > Extent::Rules {
+                    self.success = Some(polled.began);
+                }
                 self.asked_for = polled.asked_for;
                 Some((scope, inventory))
             }
@@ -208,7 +254,12 @@ impl Poller {
         self.scope.clone()
     }
 
-    /// When the last read that succeeded began; `None` if none did.
+    /// The same for a read that may have been of rules alone.
+    pub(super) fn last_rules(&self) -> Option<Instant> {
+        self.rules
+    }
+
+    /// When the last read of everything began that succeeded; `None` if none did.
     pub(super) fn last_success(&self) -> Option<Instant> {
         self.success
     }
@@ -241,7 +292,17 @@ impl Poller {
 
 /// What is asked for before anything is attached.
 fn nobody() -> Wanted {
-    Wanted { instances: Some(BTreeSet::new()), groups: BTreeSet::new() }
+    Wanted { instances: Some(BTreeSet::new()), ..Wanted::default() }
+}
+
+fn bit(extent: Extent) -> u8 {
+    1 << extent as u8
+}
+
+/// The least that everybody who asked can do with; a poll, which nobody asked for, is about what is enforced.
+fn extent(asked: u8) -> Extent {
+    let by_most = [Extent::Everything, Extent::Enforced, Extent::Rules];
+    by_most.into_iter().find(|extent| asked & bit(*extent) != 0).unwrap_or(Extent::Enforced)
 }
 
 /// What changes when a file does, also by renaming another over it.

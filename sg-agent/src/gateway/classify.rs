@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use http::request::Parts;
 use http::{HeaderMap, Method, header};
 
-use super::Whom;
+use super::{Extent, Whom};
 use crate::source::quirks::{ACCOUNT_HEADER, DEFAULT_ACCOUNT, is_account};
 
 /// The services by which groups, instances and interfaces change, by their names in credential scopes. Beside EC2
@@ -35,6 +35,14 @@ const SERVICES: [&str; 17] = [
 /// How the actions begin that change nothing. EC2 has others, such as `Search...`: they are taken for changes.
 const READING: [&str; 3] = ["Describe", "Get", "List"];
 
+/// How EC2's actions begin that change groups' rules and nothing else.
+const RULES: [&str; 4] = [
+    "AuthorizeSecurityGroup",
+    "RevokeSecurityGroup",
+    "ModifySecurityGroupRules",
+    "UpdateSecurityGroupRuleDescriptions",
+];
+
 /// Above so many bytes a form isn't looked into: it is taken for a change. AWS's longest, a stack's template, has 51,200.
 const LONGEST_FORM: u64 = 256 * 1024;
 
@@ -43,10 +51,8 @@ const LONGEST_FORM: u64 = 256 * 1024;
 pub enum Effect {
     /// Nothing.
     None,
-    /// It may change what is enforced for these.
-    Change(Whom),
-    /// The endpoint may begin anew.
-    Anew,
+    /// It may change so much of what is enforced for these.
+    Change(Whom, Extent),
 }
 
 /// Whether the request's body is needed to tell, and small enough to be held.
@@ -62,7 +68,7 @@ pub fn wants_form(head: &Parts, length: Option<u64>) -> bool {
 /// What a request does. `form` is its body, where that was wanted.
 pub fn effect(head: &Parts, form: Option<&[u8]>) -> Effect {
     if is_own_control(head) {
-        return Effect::Anew;
+        return Effect::Change(Whom::default(), Extent::Anew);
     }
     let signed = Signed::of(head);
     let query = head.uri.query().unwrap_or_default();
@@ -85,7 +91,10 @@ pub fn effect(head: &Parts, form: Option<&[u8]>) -> Effect {
     }
     // Stacks and peerings reach across regions.
     let is_local = signed.service == Some("ec2") && !actions.iter().any(|action| action.contains("Peering"));
-    Effect::Change(if is_local { signed.whom(&head.headers) } else { Whom::default() })
+    let whom = if is_local { signed.whom(&head.headers) } else { Whom::default() };
+    let of_rules = |action: &String| RULES.iter().any(|prefix| action.starts_with(prefix));
+    let is_of_rules = signed.service == Some("ec2") && actions.iter().all(of_rules);
+    Effect::Change(whom, if is_of_rules { Extent::Rules } else { Extent::Everything })
 }
 
 fn is_listed(service: &str) -> bool {
@@ -259,10 +268,22 @@ mod tests {
         ];
         let here = Whom { accounts: Vec::new(), region: Some("eu-west-1".into()) };
         for action in changes {
-            assert_eq!(query("ec2", action), Effect::Change(here.clone()), "{action}");
+            let extent = if action.contains("SecurityGroupI")
+                || action.contains("SecurityGroupE")
+                || action.contains("GroupRule")
+            {
+                Extent::Rules
+            } else {
+                Extent::Everything
+            };
+            assert_eq!(query("ec2", action), Effect::Change(here.clone(), extent), "{action}");
         }
         for action in ["AcceptVpcPeeringConnection", "DeleteVpcPeeringConnection"] {
-            assert_eq!(query("ec2", action), Effect::Change(Whom::default()), "{action}: the other region's as well");
+            assert_eq!(
+                query("ec2", action),
+                Effect::Change(Whom::default(), Extent::Everything),
+                "{action}: the other region's as well"
+            );
         }
         for action in ["DescribeSecurityGroups", "GetManagedPrefixListEntries", "ListImagesInRecycleBin"] {
             assert_eq!(query("ec2", action), Effect::None, "{action}");
@@ -278,7 +299,11 @@ mod tests {
             ("rds", "CreateDBInstance"),
             ("elasticloadbalancing", "CreateLoadBalancer"),
         ] {
-            assert_eq!(query(service, action), Effect::Change(Whom::default()), "{service} {action}");
+            assert_eq!(
+                query(service, action),
+                Effect::Change(Whom::default(), Extent::Everything),
+                "{service} {action}"
+            );
         }
         for (service, action) in [
             ("cloudformation", "DescribeStacks"),
@@ -299,7 +324,7 @@ mod tests {
             let (name, value) = signed(service);
             effect(&request("POST", "/", &[(name, &value), ("x-amz-target", target)]), None)
         };
-        let all = Effect::Change(Whom::default());
+        let all = Effect::Change(Whom::default(), Extent::Everything);
         assert_eq!(json("ecs", "AmazonEC2ContainerServiceV20141113.RunTask"), all);
         assert_eq!(json("ecs", "AmazonEC2ContainerServiceV20141113.DescribeTasks"), Effect::None);
         assert_eq!(json("dynamodb", "DynamoDB_20120810.PutItem"), Effect::None);
@@ -324,7 +349,7 @@ mod tests {
             ("PUT", "/moto-apis/reset", false),
             ("PUT", "/bucket/_key", false),
         ] {
-            let expected = if changes { Effect::Anew } else { Effect::None };
+            let expected = if changes { Effect::Change(Whom::default(), Extent::Anew) } else { Effect::None };
             assert_eq!(effect(&request(method, path, &[]), None), expected, "{method} {path}");
         }
     }
@@ -334,16 +359,20 @@ mod tests {
         let (name, value) = signed("ec2");
         let large = request("POST", "/", &[(name, &value), ("content-type", FORM)]);
         assert!(!wants_form(&large, Some(LONGEST_FORM + 1)) && !wants_form(&large, None));
-        assert!(matches!(effect(&large, None), Effect::Change(_)));
+        assert!(matches!(effect(&large, None), Effect::Change(..)));
         let packed = request("POST", "/", &[(name, &value), ("content-type", FORM), ("content-encoding", "gzip")]);
         assert!(!wants_form(&packed, Some(10)));
-        assert!(matches!(effect(&packed, None), Effect::Change(_)));
+        assert!(matches!(effect(&packed, None), Effect::Change(..)));
         // Two actions: whichever the endpoint takes.
+        let rules =
+            request("POST", "/?Action=AuthorizeSecurityGroupIngress", &[(name, &value), ("content-type", FORM)]);
+        let run = effect(&rules, Some(b"Action=RunInstances"));
+        assert!(matches!(run, Effect::Change(_, Extent::Everything)), "{run:?}");
         let both = request("POST", "/?Action=DescribeInstances", &[(name, &value), ("content-type", FORM)]);
-        assert!(matches!(effect(&both, Some(b"Action=TerminateInstances")), Effect::Change(_)));
+        assert!(matches!(effect(&both, Some(b"Action=TerminateInstances")), Effect::Change(..)));
         // An action in the query alone, as GET.
         let get = request("GET", "/?Action=StopInstances&InstanceId.1=i-1", &[(name, &value)]);
-        assert!(matches!(effect(&get, None), Effect::Change(_)));
+        assert!(matches!(effect(&get, None), Effect::Change(..)));
     }
 
     #[test]
@@ -365,7 +394,7 @@ mod tests {
                 format!("AWS4-HMAC-SHA256 Credential={key}/20260101/{region}/ec2/aws4_request, Signature=0");
             let all = [&[("authorization", credential.as_str())], headers].concat();
             match effect(&request("GET", "/?Action=RunInstances", &all), None) {
-                Effect::Change(whom) => (whom.accounts.iter().map(ToString::to_string).collect(), whom.region),
+                Effect::Change(whom, _) => (whom.accounts.iter().map(ToString::to_string).collect(), whom.region),
                 other => panic!("RunInstances is a change, not {other:?}"),
             }
         };
@@ -378,7 +407,7 @@ mod tests {
         assert_eq!(whom(&[(ACCOUNT_HEADER, "111122223333")], "test", "eu-west-1").0, ["111122223333"]);
         assert_eq!(whom(&[], "000000000000", "eu-west-1").0, ["000000000000", DEFAULT_ACCOUNT]);
         let presigned = "/?Action=RunInstances&X-Amz-Credential=k%2F20260101%2Feu-north-1%2Fec2%2Faws4_request";
-        let Effect::Change(whom) = effect(&request("GET", presigned, &[]), None) else { panic!("a change") };
+        let Effect::Change(whom, _) = effect(&request("GET", presigned, &[]), None) else { panic!("a change") };
         assert_eq!(whom.region, region("eu-north-1"));
     }
 }

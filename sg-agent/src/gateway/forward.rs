@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::classify::{self, Effect};
 use super::upstream::{Body, Failure, Upstream, innermost};
-use super::{Commit, Counts, Whom, headers, modified};
+use super::{Commit, Counts, Extent, Whom, headers, modified};
 use crate::source::ModifiedRule;
 
 /// The field of an answer that went out before its change was enforced, and how it begins.
@@ -73,14 +73,14 @@ impl Forwarder {
                 Ok(answer) => passed(answer.map(|body| body.boxed())),
                 Err(failure) => self.unanswered(&failure),
             },
-            Effect::Change(_) | Effect::Anew => {
+            Effect::Change(whom, extent) => {
                 add(&self.counts.changes);
                 let modified = form.bytes().map(modified::rules).unwrap_or_default();
                 let request = Request::from_parts(head, form.into_body());
                 // A task of its own: what the endpoint did is committed, whether or not the client still waits.
                 let gone = CancellationToken::new();
                 let _guard = gone.clone().drop_guard();
-                let changed = tokio::spawn(Arc::clone(&self).change(request, effect, modified, gone));
+                let changed = tokio::spawn(Arc::clone(&self).change(request, whom, extent, modified, gone));
                 match changed.await {
                     Ok(answer) => answer,
                     Err(error) => told(StatusCode::BAD_GATEWAY, format!("sg-agent's gateway failed: {error}")),
@@ -93,7 +93,8 @@ impl Forwarder {
     async fn change(
         self: Arc<Self>,
         request: Request<Body>,
-        effect: Effect,
+        whom: Whom,
+        extent: Extent,
         modified: Vec<ModifiedRule>,
         gone: CancellationToken,
     ) -> Response<Body> {
@@ -108,7 +109,7 @@ impl Forwarder {
         let modified =
             if matches!(&answered, Ok(answer) if answer.status().is_success()) { modified } else { Vec::new() };
         // Whatever the status: an error can have changed something, and so can an answer that never came.
-        let committed = self.commit(effect, modified).await;
+        let committed = self.commit(whom, extent, modified).await;
         let mut answer = answered.unwrap_or_else(|failed| failed);
         match committed {
             Ok(()) => add(&self.counts.committed),
@@ -147,11 +148,9 @@ impl Forwarder {
     }
 
     /// Has the change read and enforced.
-    async fn commit(&self, effect: Effect, modified: Vec<ModifiedRule>) -> Result<(), Uncommitted> {
+    async fn commit(&self, whom: Whom, extent: Extent, modified: Vec<ModifiedRule>) -> Result<(), Uncommitted> {
         let (reply, told) = oneshot::channel();
-        let anew = effect == Effect::Anew;
-        let whom = if let Effect::Change(whom) = effect { whom } else { Whom::default() };
-        let commit = Commit { whom, asked: Instant::now(), modified, anew, reply };
+        let commit = Commit { whom, asked: Instant::now(), modified, extent, reply };
         let ended = || Uncommitted::Failed("the agent is shutting down".to_owned());
         let committed = async {
             self.commits.send(commit).await.map_err(|_| ended())?;

@@ -69,6 +69,17 @@ impl Whom {
     }
 }
 
+/// How much a change may be about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Extent {
+    /// Groups' rules alone.
+    Rules,
+    /// Anything.
+    Everything,
+    /// Anything, and the same ids may now be other things.
+    Anew,
+}
+
 /// A request to read anew what a change was about, and to say when it is enforced.
 #[derive(Debug)]
 pub struct Commit {
@@ -78,8 +89,8 @@ pub struct Commit {
     pub asked: Instant,
     /// Rules that the call modified, as the call had it.
     pub modified: Vec<ModifiedRule>,
-    /// Whether the endpoint may have begun anew, with the same ids for other things.
-    pub anew: bool,
+    /// How much of it.
+    pub extent: Extent,
     /// Why it isn't enforced, or that it is.
     pub reply: oneshot::Sender<Result<(), String>>,
 }
@@ -233,8 +244,6 @@ async fn serve(stream: TcpStream, forwarder: Arc<Forwarder>, shutdown: Cancellat
         .preserve_header_case(true)
         .auto_date_header(false)
         .max_headers(FIELDS)
-        // A client may close its half after the request, and still wants the answer.
-        .half_close(true)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     let served = tokio::select! {

@@ -31,7 +31,7 @@ const CONCURRENT: usize = 3;
 /// Calls of one request that is throttled, the first included.
 const ATTEMPTS: u32 = 6;
 
-/// The pause after the first throttled call; each next one is twice as long.
+/// The longest pause after the first throttled call, half of which is left to chance; each next one is twice as long.
 const BACK_OFF: Duration = Duration::from_millis(200);
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -132,7 +132,8 @@ impl Client {
                 }
                 Err(Failure::Throttled(reason)) => {
                     tracing::debug!(action = C::ACTION, attempt, ?pause, reason, "throttled");
-                    tokio::time::sleep(pause).await;
+                    // Not all of it: those that were throttled together mustn't come back together.
+                    tokio::time::sleep(pause.mul_f64(fastrand::f64().mul_add(0.5, 0.5))).await;
                     pause *= 2;
                 }
             }

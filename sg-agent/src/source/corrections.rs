@@ -77,6 +77,11 @@ impl Corrections {
         }
     }
 
+    /// Whether there is any.
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
     /// The endpoint has begun anew: the same ids may be other rules.
     pub fn forget(&self) {
         self.lock().clear();

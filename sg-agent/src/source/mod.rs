@@ -36,6 +36,20 @@ pub struct Wanted {
     pub instances: Option<BTreeSet<InstanceId>>,
     /// The same for groups that another account's rules refer to (SG-1.12).
     pub groups: BTreeSet<GroupId>,
+    /// How much of it has to be read anew.
+    pub extent: Extent,
+}
+
+/// How much is read anew. Less than everything is for somebody who waits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub enum Extent {
+    /// Groups, their rules and what those refer to. Instances and subnets may be those of the last read.
+    Rules,
+    /// Everything that is enforced. Rules of groups that have changed may come without their ids.
+    Enforced,
+    /// Everything.
+    #[default]
+    Everything,
 }
 
 /// Why there is no inventory; the one before it stays good.

@@ -37,6 +37,12 @@ impl RuleIds {
         groups.iter().filter(|group| !is_kept(group)).map(|group| group.id.clone()).collect()
     }
 
+    /// The rules of a group that reads as it did, however long that is ago.
+    pub fn kept(&self, group: &wire::SecurityGroup) -> Option<Vec<wire::GroupRule>> {
+        let kept = self.lock();
+        kept.get(&group.id).filter(|kept| kept.group == *group).map(|kept| kept.rules.clone())
+    }
+
     /// Keeps what was read of `groups`, forgets all other groups, and gives the rules of all of these.
     ///
     /// Rules that name other peers than their group are newer than it, and aren't kept: if the group goes back to what

@@ -163,7 +163,8 @@ impl Moto {
         for (name, value) in self.credentials() {
             agent.environment(name, value);
         }
-        agent.arguments(["--poll-interval", "0.2"]);
+        // Agents of other tests would want the gateway's port as well.
+        agent.arguments(["--poll-interval", "0.2", "--no-gateway"]);
     }
 
     /// Makes an agent read from `url`, however often it does.

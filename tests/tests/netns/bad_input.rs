@@ -144,6 +144,43 @@ fn an_endpoint_that_does_not_answer_is_named() {
 }
 
 #[test]
+fn a_port_that_the_gateway_can_not_have_is_named() {
+    let world = World::new(&["b"]);
+    let endpoint = Endpoint::start(Some(&world.host));
+    let taken = world.host.run(|| std::net::TcpListener::bind("127.0.0.1:4566").expect("it is free"));
+    let agent = || {
+        let mut agent = Agent::new(Some(&world.host));
+        agent.environment("AWS_ACCESS_KEY_ID", "test").environment("AWS_SECRET_ACCESS_KEY", "test");
+        agent.arguments(["--no-docker", "--endpoint-url", &endpoint.url()]);
+        agent
+    };
+    // By default it does without.
+    let mut by_default = agent();
+    by_default.start();
+    by_default.logged(&["WARN", "cannot listen on 127.0.0.1:4566", "by polling alone"]);
+    let status = by_default.status();
+    assert_eq!(status["gateway"], Value::Null, "{status:#}");
+    assert!(status["warnings"].to_string().contains("--no-gateway"), "{status:#}");
+    by_default.stop();
+    // Where it was asked for, it can't.
+    let named = agent();
+    let run = ["run", "--no-docker", "--endpoint-url", &endpoint.url(), "--gateway", "127.0.0.1:4566"];
+    let ended = output(named.command().args(run));
+    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+    let errors: Vec<_> = said.lines().filter(|line| line.starts_with("sg-agent: ")).collect();
+    assert!(!ended.status.success() && errors.len() == 1 && errors[0].contains("127.0.0.1:4566"), "{said}");
+    drop(taken);
+    // Nor can it stand before itself.
+    let itself = named
+        .command()
+        .args(["run", "--no-docker", "--endpoint-url", "http://127.0.0.1:4566"])
+        .args(&run[4..])
+        .output();
+    let said = String::from_utf8_lossy(&itself.expect("it runs").stderr).into_owned();
+    assert!(said.contains("is the endpoint's own"), "{said}");
+}
+
+#[test]
 fn arguments_that_can_not_be_used_are_named() {
     let world = World::new(&["b"]);
     let agent = Agent::new(Some(&world.host));

@@ -3,6 +3,7 @@
 
 use std::env;
 use std::fs::{self, Permissions};
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -38,6 +39,8 @@ pub struct Instance {
 /// Everything that the play needs.
 pub struct Stage {
     agent: PathBuf,
+    /// Where the agent's gateway will listen.
+    gateway: String,
     /// The host's port that leads to the first instance's port 22.
     ssh_port: u16,
     /// The part of the names that is this run's own.
@@ -63,7 +66,9 @@ impl Stage {
         let moto = Moto::start(&venv, 0)?;
         let dir = tempfile::Builder::new().prefix("sg-agent-demo-").tempdir()?;
         let name = format!("sg-agent-demo-{}", std::process::id());
-        Ok(Self { agent, ssh_port: 0, name, running: None, dir, aws: venv.aws(), moto, engine })
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|socket| socket.local_addr());
+        let gateway = free.context("no free port for the gateway")?.to_string();
+        Ok(Self { agent, gateway, ssh_port: 0, name, running: None, dir, aws: venv.aws(), moto, engine })
     }
 
     /// Makes an SSH key with EC2.
@@ -160,7 +165,8 @@ impl Stage {
 
     /// Starts the agent.
     pub fn start_agent(&mut self) -> Result<()> {
-        let mut command = self.agent(&["run", "--launch", "--endpoint-url", &self.moto.endpoint()]);
+        let endpoint = self.moto.endpoint();
+        let mut command = self.agent(&["run", "--launch", "--endpoint-url", &endpoint, "--gateway", &self.gateway]);
         prompt(&command, "sg-agent");
         let (out, err) = cmd::log_file(&self.log())?;
         let command = command.stdin(Stdio::null()).stdout(out).stderr(err).process_group(0);
@@ -220,7 +226,10 @@ impl Stage {
             aws.env_remove(name);
         }
         aws.env("AWS_CONFIG_FILE", "/dev/null").env("AWS_SHARED_CREDENTIALS_FILE", "/dev/null").env("AWS_PAGER", "");
-        aws.envs(moto::CREDENTIALS).env("AWS_ENDPOINT_URL", self.moto.endpoint());
+        // Through the gateway as soon as there is one: what a call changes is then enforced when it returns.
+        let endpoint =
+            self.running.as_ref().map_or_else(|| self.moto.endpoint(), |_| format!("http://{}", self.gateway));
+        aws.envs(moto::CREDENTIALS).env("AWS_ENDPOINT_URL", endpoint);
         aws.arg("ec2").args(arguments);
         prompt(&aws, "aws");
         cmd::stdout(&mut aws)

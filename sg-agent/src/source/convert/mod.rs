@@ -8,6 +8,7 @@ mod rules;
 mod tests;
 
 pub(super) use interfaces::{groups, is_terminated};
+pub(super) use rules::from_permissions;
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -100,7 +100,7 @@ fn sorted_by_group(rules: Vec<wire::GroupRule>) -> BTreeMap<String, Vec<wire::Gr
 }
 
 /// SG-1.6: a permission with n peers is n rules. One with none is kept, to be told about.
-fn from_permissions(group: &wire::SecurityGroup) -> Vec<wire::GroupRule> {
+pub fn from_permissions(group: &wire::SecurityGroup) -> Vec<wire::GroupRule> {
     let mut rules = Vec::new();
     for (direction, permissions) in [(Direction::Ingress, &group.ingress), (Direction::Egress, &group.egress)] {
         let expanded = permissions.into_iter().flat_map(peers_of).enumerate().map(|(index, rule)| wire::GroupRule {

@@ -162,7 +162,7 @@ async fn another_accounts_references_are_read_here_and_there() {
 
     let asked = fake.requests().len();
     let groups = BTreeSet::from([GroupId::from("sg-7")]);
-    ec2.inventory(&Wanted { instances: Some(BTreeSet::new()), groups }).await.unwrap();
+    ec2.inventory(&Wanted { instances: Some(BTreeSet::new()), groups, ..Wanted::default() }).await.unwrap();
     let about_it = |action: &str| {
         let requests = fake.requests().split_off(asked);
         let is_it = |form: &BTreeMap<String, String>| {
@@ -173,4 +173,59 @@ async fn another_accounts_references_are_read_here_and_there() {
     for action in ["DescribeSecurityGroups", "DescribeNetworkInterfaces", "DescribeInstances"] {
         assert!(about_it(action), "{action}: the group that another account refers to, and its members");
     }
+}
+
+#[tokio::test]
+async fn who_waits_for_a_change_waits_for_no_more_than_that() {
+    // What rules refer to isn't there.
+    let fake = Fake::start(|request, n| match request.form.get("GroupId.1") {
+        Some(id) if !id.starts_with("sg-2f7fd6a8") => {
+            Reply::ok("<DescribeSecurityGroupsResponse><securityGroupInfo/></DescribeSecurityGroupsResponse>")
+        }
+        _ => recorded(request, n),
+    })
+    .await;
+    let ec2 = ec2(&fake);
+    let instances: Option<BTreeSet<InstanceId>> = Some(["i-ff1051133a966d34b".into()].into());
+    let urgent = Wanted { instances: instances.clone(), extent: Extent::Enforced, ..Wanted::default() };
+    let asked_for_rules = || fake.actions().iter().filter(|action| *action == "DescribeSecurityGroupRules").count();
+    let id = "sg-c4fac25716521a0ec".into();
+    let first = |inventory: &Inventory| inventory.groups[&id].ingress[0].id.to_string();
+    let before = ec2.inventory(&urgent).await.unwrap();
+    assert_eq!((asked_for_rules(), first(&before)), (0, "sg-c4fac25716521a0ec/ingress[0]".to_owned()));
+    let whole = ec2
+        .inventory(&Wanted { instances: instances.clone(), extent: Extent::Everything, ..Wanted::default() })
+        .await
+        .unwrap();
+    assert_eq!((asked_for_rules(), first(&whole)), (1, "sgr-18658cbeb6b4c0aab".to_owned()));
+    let kept = ec2.inventory(&urgent).await.unwrap();
+    assert_eq!((asked_for_rules(), &kept), (1, &whole), "what hasn't changed keeps its ids");
+    // And where rules alone have changed, nothing but groups and what they refer to is read.
+    let before = fake.actions();
+    let rules = ec2.inventory(&Wanted { instances, extent: Extent::Rules, ..Wanted::default() }).await.unwrap();
+    assert_eq!(rules, whole);
+    let count = |actions: &[String], action: &str| actions.iter().filter(|other| *other == action).count();
+    let after = fake.actions();
+    for (action, more) in [("DescribeSecurityGroups", true), ("DescribeSubnets", false), ("DescribeNetworkAcls", false)]
+    {
+        assert_eq!(count(&after, action) > count(&before, action), more, "{action}");
+    }
+    // Others are asked for: theirs aren't known.
+    let other = Wanted { instances: Some(["i-1".into()].into()), extent: Extent::Rules, ..Wanted::default() };
+    ec2.inventory(&other).await.unwrap();
+    assert!(count(&fake.actions(), "DescribeSubnets") > count(&after, "DescribeSubnets"));
+}
+
+#[tokio::test]
+async fn a_group_that_is_gone_does_not_hide_the_others() {
+    let fake = Fake::start(|request, n| {
+        if request.form.contains_key("GroupId.1") {
+            Reply::error("InvalidGroup.NotFound")
+        } else {
+            recorded(request, n)
+        }
+    })
+    .await;
+    let wanted = Wanted { instances: Some(["i-ff1051133a966d34b".into()].into()), ..Wanted::default() };
+    assert!(ec2(&fake).inventory(&wanted).await.unwrap().groups.contains_key(&"sg-c4fac25716521a0ec".into()));
 }
