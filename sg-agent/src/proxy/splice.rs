@@ -181,22 +181,30 @@ impl Half<'_> {
         }
     }
 
-    /// Passes on what comes before an urgent byte, or if that is next, the byte, as an urgent one.
+    /// Passes on an urgent byte as one, and all that has come before and behind it: whatever is known of the socket's
+    /// readiness, since nobody is woken a second time by what is there already.
     async fn pass_urgent(&mut self) -> io::Result<()> {
         let (from, to) = (self.from, self.to);
-        // Whatever is known of its readiness: only if it has nothing now, the byte is next.
-        if matches!(self.pipe()?.fill_now(from), Ok(1..)) {
-            return self.drain().await;
-        }
-        let mut byte = [0];
-        match recv(from.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT) {
-            Ok(0) | Err(Errno::EAGAIN | Errno::EINTR) => Ok(()),
-            Ok(_) => {
-                let sent = send_all(to, &byte, |byte| SockRef::from(to).send_out_of_band(byte)).await;
-                self.bytes.fetch_add(sent?, Relaxed);
-                Ok(())
+        loop {
+            match self.pipe()?.fill_now(from) {
+                Ok(1..) => {
+                    self.drain().await?;
+                    continue;
+                }
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                _ if !is_urgent(from) => return Ok(()),
+                // It has nothing before the urgent byte, so that is next.
+                _ => {}
             }
-            Err(error) => Err(error.into()),
+            let mut byte = [0];
+            match recv(from.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT) {
+                Ok(1) => {
+                    let sent = send_all(to, &byte, |byte| SockRef::from(to).send_out_of_band(byte)).await;
+                    self.bytes.fetch_add(sent?, Relaxed);
+                }
+                Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => tokio::task::yield_now().await,
+                Err(error) => return Err(error.into()),
+            }
         }
     }
 
