@@ -47,7 +47,7 @@ pub(super) async fn open_gateway(
 impl Daemon {
     /// Somebody has changed something: it is read anew.
     pub(super) fn commit(&mut self, commit: Commit) {
-        let Commit { whom, asked, modified, anew, reply } = commit;
+        let Commit { whom, asked, modified, rebooted, anew, reply } = commit;
         let hints = self.pollers.of(&whom);
         for poller in hints.iter().filter_map(|hint| self.pollers.running.get(hint)) {
             if anew {
@@ -55,6 +55,11 @@ impl Daemon {
             }
             poller.note_modified(modified.clone());
             poller.hurry();
+        }
+        let own = self.pollers.own_scope();
+        if let Some(launcher) = self.launcher.as_ref().filter(|_| whom.has_region(&own) && whom.has_account(&own)) {
+            rebooted.into_iter().for_each(|instance| launcher.reboot(instance));
+            launcher.hurry();
         }
         self.commits.wait(asked, hints, reply);
         self.serve_waiting();

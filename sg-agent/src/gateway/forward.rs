@@ -13,7 +13,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::classify::{self, Effect};
 use super::upstream::{Body, Failure, Upstream, innermost};
-use super::{Commit, Counts, Whom, headers, modified};
+use super::{Commit, Counts, Whom, headers, modified, rebooted};
+use crate::model::InstanceId;
 use crate::source::ModifiedRule;
 
 /// The field of an answer that went out before its change was enforced, and how it begins.
@@ -75,12 +76,12 @@ impl Forwarder {
             },
             Effect::Change(_) | Effect::Anew => {
                 add(&self.counts.changes);
-                let modified = form.bytes().map(modified::rules).unwrap_or_default();
+                let asked = Asked::of(form.bytes().unwrap_or_default());
                 let request = Request::from_parts(head, form.into_body());
                 // A task of its own: what the endpoint did is committed, whether or not the client still waits.
                 let gone = CancellationToken::new();
                 let _guard = gone.clone().drop_guard();
-                let changed = tokio::spawn(Arc::clone(&self).change(request, effect, modified, gone));
+                let changed = tokio::spawn(Arc::clone(&self).change(request, effect, asked, gone));
                 match changed.await {
                     Ok(answer) => answer,
                     Err(error) => told(StatusCode::BAD_GATEWAY, format!("sg-agent's gateway failed: {error}")),
@@ -94,7 +95,7 @@ impl Forwarder {
         self: Arc<Self>,
         request: Request<Body>,
         effect: Effect,
-        modified: Vec<ModifiedRule>,
+        asked: Asked,
         gone: CancellationToken,
     ) -> Response<Body> {
         let forgotten = async {
@@ -105,10 +106,10 @@ impl Forwarder {
             answered = self.whole_answer(request) => answered,
             () = forgotten => Err(told(StatusCode::GATEWAY_TIMEOUT, "nobody waits for it any more".to_owned())),
         };
-        let modified =
-            if matches!(&answered, Ok(answer) if answer.status().is_success()) { modified } else { Vec::new() };
+        let done =
+            if matches!(&answered, Ok(answer) if answer.status().is_success()) { asked } else { Asked::default() };
         // Whatever the status: an error can have changed something, and so can an answer that never came.
-        let committed = self.commit(effect, modified).await;
+        let committed = self.commit(effect, done).await;
         let mut answer = answered.unwrap_or_else(|failed| failed);
         match committed {
             Ok(()) => add(&self.counts.committed),
@@ -147,11 +148,12 @@ impl Forwarder {
     }
 
     /// Has the change read and enforced.
-    async fn commit(&self, effect: Effect, modified: Vec<ModifiedRule>) -> Result<(), Uncommitted> {
+    async fn commit(&self, effect: Effect, done: Asked) -> Result<(), Uncommitted> {
         let (reply, told) = oneshot::channel();
         let anew = effect == Effect::Anew;
         let whom = if let Effect::Change(whom) = effect { whom } else { Whom::default() };
-        let commit = Commit { whom, asked: Instant::now(), modified, anew, reply };
+        let Asked { modified, rebooted } = done;
+        let commit = Commit { whom, asked: Instant::now(), modified, rebooted, anew, reply };
         let ended = || Uncommitted::Failed("the agent is shutting down".to_owned());
         let committed = async {
             self.commits.send(commit).await.map_err(|_| ended())?;
@@ -175,6 +177,19 @@ impl Forwarder {
             StatusCode::BAD_GATEWAY,
             format!("sg-agent's gateway: {endpoint} does not answer: {reason}; is it running?"),
         )
+    }
+}
+
+/// What a call asks for that no later answer of the endpoint shows.
+#[derive(Default)]
+struct Asked {
+    modified: Vec<ModifiedRule>,
+    rebooted: Vec<InstanceId>,
+}
+
+impl Asked {
+    fn of(form: &[u8]) -> Self {
+        Self { modified: modified::rules(form), rebooted: rebooted::instances(form) }
     }
 }
 

@@ -6,6 +6,7 @@ mod classify;
 mod forward;
 mod headers;
 mod modified;
+mod rebooted;
 mod upstream;
 
 use std::io;
@@ -24,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::forward::Forwarder;
 use self::upstream::Upstream;
-use crate::model::Scope;
+use crate::model::{InstanceId, Scope};
 use crate::source::ModifiedRule;
 
 /// LocalStack's port, which its users' settings name already.
@@ -78,6 +79,8 @@ pub struct Commit {
     pub asked: Instant,
     /// Rules that the call modified, as the call had it.
     pub modified: Vec<ModifiedRule>,
+    /// Instances that the call rebooted.
+    pub rebooted: Vec<InstanceId>,
     /// Whether the endpoint may have begun anew, with the same ids for other things.
     pub anew: bool,
     /// Why it isn't enforced, or that it is.
