@@ -47,7 +47,7 @@ pub(super) async fn open_gateway(
 impl Daemon {
     /// Somebody has changed something: it is read anew.
     pub(super) fn commit(&mut self, commit: Commit) {
-        let Commit { whom, asked, modified, extent, reply } = commit;
+        let Commit { whom, asked, modified, rebooted, extent, reply } = commit;
         let is_of_rules = extent == gateway::Extent::Rules;
         let hints = self.pollers.of(&whom);
         for poller in hints.iter().filter_map(|hint| self.pollers.running.get(hint)) {
@@ -56,6 +56,11 @@ impl Daemon {
             }
             poller.note_modified(modified.clone());
             poller.hurry(if is_of_rules { Extent::Rules } else { Extent::Enforced });
+        }
+        let own = self.pollers.own_scope();
+        if let Some(launcher) = self.launcher.as_ref().filter(|_| whom.has_region(&own) && whom.has_account(&own)) {
+            rebooted.into_iter().for_each(|instance| launcher.reboot(instance));
+            launcher.hurry();
         }
         self.commits.wait(asked, is_of_rules, hints, reply);
         self.serve_waiting();

@@ -13,7 +13,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::classify::{self, Effect};
 use super::upstream::{Body, Failure, Upstream, innermost};
-use super::{Commit, Counts, Extent, Whom, headers, modified};
+use super::{Commit, Counts, Extent, Whom, headers, modified, rebooted};
+use crate::model::InstanceId;
 use crate::source::ModifiedRule;
 
 /// The field of an answer that went out before its change was enforced, and how it begins.
@@ -75,12 +76,12 @@ impl Forwarder {
             },
             Effect::Change(whom, extent) => {
                 add(&self.counts.changes);
-                let modified = form.bytes().map(modified::rules).unwrap_or_default();
+                let asked = Asked::of(form.bytes().unwrap_or_default());
                 let request = Request::from_parts(head, form.into_body());
                 // A task of its own: what the endpoint did is committed, whether or not the client still waits.
                 let gone = CancellationToken::new();
                 let _guard = gone.clone().drop_guard();
-                let changed = tokio::spawn(Arc::clone(&self).change(request, whom, extent, modified, gone));
+                let changed = tokio::spawn(Arc::clone(&self).change(request, whom, extent, asked, gone));
                 match changed.await {
                     Ok(answer) => answer,
                     Err(error) => told(StatusCode::BAD_GATEWAY, format!("sg-agent's gateway failed: {error}")),
@@ -95,7 +96,7 @@ impl Forwarder {
         request: Request<Body>,
         whom: Whom,
         extent: Extent,
-        modified: Vec<ModifiedRule>,
+        asked: Asked,
         gone: CancellationToken,
     ) -> Response<Body> {
         let forgotten = async {
@@ -106,10 +107,10 @@ impl Forwarder {
             answered = self.whole_answer(request) => answered,
             () = forgotten => Err(told(StatusCode::GATEWAY_TIMEOUT, "nobody waits for it any more".to_owned())),
         };
-        let modified =
-            if matches!(&answered, Ok(answer) if answer.status().is_success()) { modified } else { Vec::new() };
+        let done =
+            if matches!(&answered, Ok(answer) if answer.status().is_success()) { asked } else { Asked::default() };
         // Whatever the status: an error can have changed something, and so can an answer that never came.
-        let committed = self.commit(whom, extent, modified).await;
+        let committed = self.commit(whom, extent, done).await;
         let mut answer = answered.unwrap_or_else(|failed| failed);
         match committed {
             Ok(()) => add(&self.counts.committed),
@@ -148,9 +149,10 @@ impl Forwarder {
     }
 
     /// Has the change read and enforced.
-    async fn commit(&self, whom: Whom, extent: Extent, modified: Vec<ModifiedRule>) -> Result<(), Uncommitted> {
+    async fn commit(&self, whom: Whom, extent: Extent, done: Asked) -> Result<(), Uncommitted> {
         let (reply, told) = oneshot::channel();
-        let commit = Commit { whom, asked: Instant::now(), modified, extent, reply };
+        let Asked { modified, rebooted } = done;
+        let commit = Commit { whom, asked: Instant::now(), modified, rebooted, extent, reply };
         let ended = || Uncommitted::Failed("the agent is shutting down".to_owned());
         let committed = async {
             self.commits.send(commit).await.map_err(|_| ended())?;
@@ -174,6 +176,19 @@ impl Forwarder {
             StatusCode::BAD_GATEWAY,
             format!("sg-agent's gateway: {endpoint} does not answer: {reason}; is it running?"),
         )
+    }
+}
+
+/// What a call asks for that no later answer of the endpoint shows.
+#[derive(Default)]
+struct Asked {
+    modified: Vec<ModifiedRule>,
+    rebooted: Vec<InstanceId>,
+}
+
+impl Asked {
+    fn of(form: &[u8]) -> Self {
+        Self { modified: modified::rules(form), rebooted: rebooted::instances(form) }
     }
 }
 

@@ -6,6 +6,7 @@ mod classify;
 mod forward;
 mod headers;
 mod modified;
+mod rebooted;
 mod upstream;
 
 use std::io;
@@ -24,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::forward::Forwarder;
 use self::upstream::Upstream;
-use crate::model::Scope;
+use crate::model::{InstanceId, Scope};
 use crate::source::ModifiedRule;
 
 /// LocalStack's port, which its users' settings name already.
@@ -91,6 +92,8 @@ pub struct Commit {
     pub modified: Vec<ModifiedRule>,
     /// How much of it.
     pub extent: Extent,
+    /// Instances that the call rebooted.
+    pub rebooted: Vec<InstanceId>,
     /// Why it isn't enforced, or that it is.
     pub reply: oneshot::Sender<Result<(), String>>,
 }

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::{IpAddr, UdpSocket};
+use std::net::{IpAddr, TcpListener, UdpSocket};
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -374,6 +374,27 @@ fn an_instance_that_ends_by_itself_is_told_and_started_again() {
         stage.agent.wait();
         (!told(&stage)).then_some(())
     });
+}
+
+#[test]
+fn a_reboot_is_seen_by_the_gateway() {
+    let mut stage = Stage::new("ca-central-1", SSHD);
+    let [subnet] = stage.vpc("10.220.0.0/16", ["10.220.1.0/24"]);
+    let group = stage.group(&subnet);
+    let [other, web] = [(), ()].map(|()| stage.run(&[("SubnetId", &subnet), ("SecurityGroupId.1", &group)]));
+    let free = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a free port");
+    stage.agent.without("--no-gateway").arguments(["--gateway", &free.to_string()]);
+    stage.agent.start().wait();
+    let (before, stays) = (web.started(), other.started());
+    web.exec(&["/bin/sh", "-c", "echo kept > /root/file"]);
+    let host = Namespace::of_process("host", std::process::id());
+    stage.moto.through(free, &host).call("RebootInstances", &[("InstanceId.1", &web.id)]);
+    wait_for("it runs anew", || {
+        let now = web.started();
+        (now != before && now.ends_with("true")).then_some(())
+    });
+    assert_eq!(web.exec(&["cat", "/root/file"]), "kept");
+    assert_eq!(other.started(), stays);
 }
 
 #[test]
