@@ -88,6 +88,7 @@ fn options(places: Places, args: RunArgs) -> Result<Options> {
         config: Config {
             timeouts: timeouts(args.tcp_established_timeout, args.udp_stream_timeout, args.udp_timeout),
             flags: cut | related,
+            allowance: args.conntrack_allowance,
             ..Config::default()
         },
         log_drops: args.log_drops,

@@ -111,6 +111,9 @@ pub struct InterfaceStatus {
     pub egress_rules: usize,
     /// The network ACL, where one restricts anything.
     pub network_acl: Option<String>,
+    /// Flows that it can still have tracked (ENA's name; SG-3.6). How many were dropped beyond is among its counters:
+    /// `conntrack_allowance_exceeded`.
+    pub conntrack_allowance_available: u32,
     /// Packets and bytes by direction (`ingress`, `egress`) and reason.
     pub counters: BTreeMap<String, BTreeMap<String, Counter>>,
 }
@@ -184,6 +187,11 @@ impl Status {
                     PolicyKey::Acl(_, acl) => Some(acl.to_string()),
                     _ => None,
                 }),
+                conntrack_allowance_available: snapshot
+                    .tables
+                    .config
+                    .allowance
+                    .saturating_sub(maps.tracked(entry.eni).unwrap_or(0)),
                 counters: by_direction,
             }
         });

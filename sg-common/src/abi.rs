@@ -6,7 +6,7 @@
 use crate::addr::Address;
 
 /// The version of everything in this module. Bump it with every change of a type, a map or a number's meaning.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// Interfaces that one agent can hold (the norm's 1,000 instances, with room for second interfaces).
 pub const MAX_INTERFACES: u32 = 2_048;
@@ -30,8 +30,14 @@ pub const MAX_SECONDARIES: u32 = 65_536;
 pub const MAX_EXEMPT: u32 = 16_384;
 /// Tracked flows. At this limit new ones are dropped (SG-3.6).
 pub const MAX_FLOWS: u32 = 262_144;
-/// Fragmented packets under way; the oldest gives way, and its rest is dropped (SG-3.8).
-pub const MAX_FRAGMENTS: u32 = 8_192;
+/// Tracked flows of one interface, unless the agent is told otherwise ([`Config::allowance`]): an eighth of the table,
+/// so that one instance that floods leaves seven eighths to the others. More than Linux has ephemeral ports (28,232).
+pub const DEFAULT_ALLOWANCE: u32 = MAX_FLOWS / 8;
+/// Fragmented packets under way for each interface and direction; an older one with the same slot gives way, and its
+/// rest is dropped (SG-3.8). No interface takes another's.
+pub const FRAGMENT_SLOTS: u32 = 32;
+/// Fragmented packets under way.
+pub const MAX_FRAGMENTS: u32 = MAX_INTERFACES * 2 * FRAGMENT_SLOTS;
 /// (interface, direction, reason) triples that are counted.
 pub const MAX_COUNTERS: u32 = 65_536;
 /// Groups that one address can be in: AWS's highest quota (SG-1.14).
@@ -315,7 +321,7 @@ pub const ALIVE_ORIGIN: u8 = 64;
 /// Flag of [`Flow`]: TCP, after a RST the other side went on.
 pub const ALIVE_REPLY: u8 = 128;
 
-/// Key of the map `FRAGMENTS`: a fragmented packet of which the first fragment passed.
+/// A fragmented packet of which the first fragment passed.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FragmentKey {
@@ -336,6 +342,40 @@ pub struct FragmentKey {
 }
 const _: () = assert!(size_of::<FragmentKey>() == 44);
 
+impl FragmentKey {
+    /// Where it stands in `FRAGMENTS`. A sender counts its packets, so those that it sends together have slots of their
+    /// own.
+    #[inline(always)]
+    pub const fn slot(&self) -> FragmentSlot {
+        let mut mixed = self.id ^ self.source.0[3] ^ self.destination.0[3] ^ self.protocol as u32;
+        mixed ^= mixed >> 16;
+        mixed ^= mixed >> 8;
+        FragmentSlot { eni: self.eni, slot: self.direction as u32 * FRAGMENT_SLOTS + mixed % FRAGMENT_SLOTS }
+    }
+}
+
+/// Key of the map `FRAGMENTS`: a place for one fragmented packet.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct FragmentSlot {
+    /// The interface's number.
+    pub eni: u32,
+    /// Which of the interface's places.
+    pub slot: u32,
+}
+const _: () = assert!(size_of::<FragmentSlot>() == 8);
+
+/// The packet that has the place.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fragment {
+    /// Which packet.
+    pub key: FragmentKey,
+    /// Where its transport header ends, in bytes of the packet's payload.
+    pub header_end: u32,
+}
+const _: () = assert!(size_of::<Fragment>() == 48);
+
 /// Settings of one agent. Map `CONFIG`, one entry.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -353,8 +393,12 @@ pub struct Config {
     pub proxy_mark: u32,
     /// [`LAYOUT`].
     pub layout: u32,
+    /// Tracked flows that one interface may have, as an instance of ENA's has (SG-3.6).
+    pub allowance: u32,
+    /// Zero.
+    pub pad: u32,
 }
-const _: () = assert!(size_of::<Config>() == 120);
+const _: () = assert!(size_of::<Config>() == 128);
 
 /// Flag of [`Config`]: a revoke ends tracked flows too (SG-3.4, `--on-revoke=cut`).
 pub const CUT_ON_REVOKE: u32 = 1;
@@ -429,6 +473,8 @@ mod user {
         FlowKey,
         Flow,
         FragmentKey,
+        FragmentSlot,
+        Fragment,
         Config,
         ReasonKey,
         Count,

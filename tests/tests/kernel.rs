@@ -9,6 +9,8 @@ mod cases;
 mod cut;
 #[path = "kernel/exempt.rs"]
 mod exempt;
+#[path = "kernel/exhaustion.rs"]
+mod exhaustion;
 #[path = "kernel/fragments.rs"]
 mod fragments;
 #[path = "kernel/groups.rs"]
