@@ -40,6 +40,9 @@ pub struct Status {
     /// Flows that can still be tracked (ENA's name; SG-3.6), as of the last sweep, some seconds ago. How many were
     /// dropped for want of room is among the interfaces' counters: `conntrack_allowance_exceeded`.
     pub conntrack_allowance_available: u32,
+    /// What somebody else had changed in the kernel and was put right, since the start, by kind: `program_detached`,
+    /// `program_preceded`, `program_unpinned`, `map_altered`.
+    pub repairs: BTreeMap<String, u64>,
     /// What is enforced otherwise than somebody might expect.
     pub warnings: Vec<Warning>,
 }
@@ -59,6 +62,8 @@ pub struct Report {
     pub refused: u64,
     /// Flows that are tracked.
     pub flows: u32,
+    /// See [`Status::repairs`].
+    pub repairs: BTreeMap<String, u64>,
 }
 
 /// An endpoint or file.
@@ -136,7 +141,7 @@ impl From<Count> for Counter {
 impl Status {
     /// Puts it together.
     pub fn new(snapshot: &Snapshot, maps: &Maps, report: Report) -> Self {
-        let Report { sources, published, warnings, mut problems, refused, flows } = report;
+        let Report { sources, published, warnings, mut problems, refused, flows, repairs } = report;
         let enis: Vec<u32> = snapshot.interfaces.values().map(|enforced| enforced.entry.eni).collect();
         let counters = maps.counters(&enis).unwrap_or_else(|error| {
             problems.push(format!("cannot read the counters: {error}"));
@@ -208,6 +213,7 @@ impl Status {
             capacity: Usage::CAPACITY,
             refused_changes: refused,
             conntrack_allowance_available: abi::MAX_FLOWS.saturating_sub(flows),
+            repairs,
             warnings: warnings.into_iter().collect(),
         }
     }

@@ -39,6 +39,12 @@ pub fn sweep(_ctx: TcContext) -> i32 {
     maps::sweep(Maps.now()) as i32
 }
 
+/// Drops everything. It stands in for a moment where programs have to change places.
+#[classifier]
+pub fn closed(_ctx: TcContext) -> i32 {
+    TC_ACT_SHOT as i32
+}
+
 #[inline(always)]
 fn filter(ctx: &TcContext, direction: Direction) -> i32 {
     let frame = SkbFrame(ctx);

@@ -31,6 +31,8 @@ mod rules;
 mod spoofing;
 #[path = "kernel/state.rs"]
 mod state;
+#[path = "kernel/tampering.rs"]
+mod tampering;
 #[path = "kernel/untracked.rs"]
 mod untracked;
 

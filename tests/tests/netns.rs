@@ -9,6 +9,8 @@ mod flows;
 mod groups;
 #[path = "netns/links.rs"]
 mod links;
+#[path = "netns/load.rs"]
+mod load;
 #[path = "netns/observe.rs"]
 mod observe;
 #[path = "netns/proxy.rs"]
@@ -19,6 +21,8 @@ mod restart;
 mod rules;
 #[path = "netns/spoofing.rs"]
 mod spoofing;
+#[path = "netns/tampering.rs"]
+mod tampering;
 
 use std::panic::resume_unwind;
 use std::thread;

@@ -9,6 +9,7 @@ mod links;
 mod members;
 mod policies;
 mod space;
+mod verify;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -16,10 +17,11 @@ use std::sync::Arc;
 
 use sg_common::abi::{self, Binding, Config, ExemptKey, MemberKey};
 
-use members::Members;
+use members::{Members, Referenced};
 pub use policies::Usage;
 use policies::{Store, Written};
 use space::Numbers;
+pub use verify::Repair;
 
 use crate::compile::{CompileError, compile};
 use crate::datapath::{Datapath, DatapathError, Hook, Maps, absent_is_fine};
@@ -119,6 +121,7 @@ pub struct Applier {
     /// What `SECONDARIES` holds.
     secondaries: BTreeSet<(u32, IpAddr)>,
     retired: Vec<Written>,
+    audit: verify::Audit,
     epoch: u32,
     snapshot: Arc<Snapshot>,
     /// What was last brought about; none while a change is under way, or after one that failed.
@@ -154,6 +157,7 @@ impl Applier {
             entries: BTreeMap::new(),
             secondaries: BTreeSet::new(),
             retired: Vec::new(),
+            audit: verify::Audit::default(),
             epoch,
             snapshot: Arc::default(),
             last: None,
@@ -215,7 +219,8 @@ impl Applier {
 
         // Who leaves a group is out before rules change, who joins is in after: in between, nobody is allowed what
         // neither the old state nor the new one allows.
-        if let Err(error) = self.withdraw(desired, &members) {
+        let referenced = (self.referenced(), self.referenced_by(desired, &staged));
+        if let Err(error) = self.withdraw(desired, &members, (&referenced.0, &referenced.1)) {
             self.unstage(&staged);
             return Err(error);
         }
@@ -246,13 +251,31 @@ impl Applier {
     }
 
     /// Takes away the memberships and services that the new state doesn't have.
-    fn withdraw(&mut self, desired: &Desired, members: &Members) -> Result<(), ApplyError> {
+    fn withdraw(
+        &mut self,
+        desired: &Desired,
+        members: &Members,
+        referenced: (&Referenced, &Referenced),
+    ) -> Result<(), ApplyError> {
         if members::are_lost(&self.tables.members, members) {
             self.end_births()?;
         }
-        let staying = members::common(&self.tables.members, members);
+        let staying = members::between(&self.tables.members, members, referenced);
         self.write_members(&staying)?;
         self.write_exempt(desired)
+    }
+
+    /// The groups that the policies in force refer to.
+    fn referenced(&self) -> Referenced {
+        self.tables.policies.values().flat_map(|policy| policy.referenced()).collect()
+    }
+
+    /// Those that the policies will refer to.
+    fn referenced_by(&self, desired: &Desired, staged: &[(PolicyKey, Arc<Spec>, Written)]) -> Referenced {
+        let staying = self.bound.iter().filter(|(key, bound)| desired.policies.get(key) == Some(&bound.spec));
+        let staying = staying.map(|(_, bound)| &bound.written);
+        let written = staying.chain(staged.iter().map(|(.., written)| written));
+        written.flat_map(|written| written.compiled.referenced()).collect()
     }
 
     /// The desired interfaces as they are enforced now.
@@ -387,16 +410,15 @@ impl Applier {
     }
 
     fn replace_members(&mut self, members: &Members) -> Result<(), ApplyError> {
-        let key = |&(vpc, address): &(u32, IpAddr)| MemberKey { vpc, address: address.into() };
         let failed = |error| DatapathError::Write { map: "MEMBERS", error };
         let gone: Vec<_> = self.tables.members.keys().filter(|place| !members.contains_key(place)).copied().collect();
         for place in gone {
-            absent_is_fine(self.maps.members.remove(&key(&place))).map_err(failed)?;
+            absent_is_fine(self.maps.members.remove(&member_key(&place))).map_err(failed)?;
             self.tables.members.remove(&place);
         }
         for (place, member) in members {
             if self.tables.members.get(place) != Some(member) {
-                self.maps.members.insert(key(place), member, 0).map_err(failed)?;
+                self.maps.members.insert(member_key(place), member, 0).map_err(failed)?;
                 self.tables.members.insert(*place, *member);
             }
         }
@@ -409,26 +431,27 @@ impl Applier {
     }
 
     fn write_exempt(&mut self, desired: &Desired) -> Result<(), ApplyError> {
-        let key = |(vpc, service): &(u32, Service)| ExemptKey {
-            vpc: *vpc,
-            address: service.address.into(),
-            port: service.port,
-            protocol: service.protocol,
-            pad: 0,
-        };
         let failed = |error| DatapathError::Write { map: "EXEMPT", error };
         let gone: Vec<_> = self.tables.exempt.difference(&desired.exempt).cloned().collect();
         for place in gone {
-            absent_is_fine(self.maps.exempt.remove(&key(&place))).map_err(failed)?;
+            absent_is_fine(self.maps.exempt.remove(&exempt_key(&place))).map_err(failed)?;
             self.tables.exempt.remove(&place);
         }
         let new: Vec<_> = desired.exempt.difference(&self.tables.exempt).cloned().collect();
         for place in new {
-            self.maps.exempt.insert(key(&place), 1, 0).map_err(failed)?;
+            self.maps.exempt.insert(exempt_key(&place), 1, 0).map_err(failed)?;
             self.tables.exempt.insert(place);
         }
         Ok(())
     }
+}
+
+fn member_key(&(vpc, address): &(u32, IpAddr)) -> MemberKey {
+    MemberKey { vpc, address: address.into() }
+}
+
+fn exempt_key((vpc, service): &(u32, Service)) -> ExemptKey {
+    ExemptKey { vpc: *vpc, address: service.address.into(), port: service.port, protocol: service.protocol, pad: 0 }
 }
 
 /// Slots for policies in force: slot 0 is nobody's.

@@ -8,6 +8,7 @@ mod lock;
 mod poll;
 mod pollers;
 mod state;
+mod verify;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -25,6 +26,7 @@ pub use self::lock::{LockError, take as lock};
 use self::poll::{Polled, Poller};
 use self::pollers::Pollers;
 use self::state::Desk;
+use self::verify::Repairs;
 use crate::apply::{Applier, Snapshot};
 use crate::datapath::{Datapath, Pins};
 use crate::discovery::{self, Attachment, Discovered, DiscoveryError, Origin};
@@ -151,6 +153,7 @@ pub async fn run(options: Options) -> Result<()> {
         apply_error: None,
         refused: 0,
         flows: 0,
+        repairs: Repairs::default(),
         poller_warnings: Vec::new(),
         proxy_warnings: Vec::new(),
         told: BTreeSet::new(),
@@ -161,6 +164,8 @@ pub async fn run(options: Options) -> Result<()> {
 
     let mut sweeps = tokio::time::interval(SWEEP_INTERVAL);
     sweeps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut looks = tokio::time::interval(verify::INTERVAL);
+    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             event = inbox.recv() => match event {
@@ -170,6 +175,7 @@ pub async fn run(options: Options) -> Result<()> {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
             _ = sweeps.tick() => daemon.sweep(),
+            _ = looks.tick() => daemon.verify(),
             () = daemon.desk.next_deadline() => daemon.desk.expire(),
         }
     }
@@ -250,6 +256,7 @@ struct Daemon {
     refused: u64,
     /// Flows that lived at the last sweep.
     flows: u32,
+    repairs: Repairs,
     poller_warnings: Vec<Warning>,
     proxy_warnings: Vec<Warning>,
     /// Warnings that are in the log already.
@@ -467,7 +474,7 @@ impl Daemon {
         let unattached = unattached.map(|enforced| format!("link {} is not enforced", enforced.interface.link));
         let unasked = self.discovered.attachments.iter().filter(|attachment| self.is_new(&attachment.instance.0));
         let unasked = unasked.map(|attachment| format!("instance {} was not read yet", attachment.instance));
-        let errors = self.apply_error.iter().chain(&self.looked_error).cloned();
+        let errors = self.apply_error.iter().chain(&self.looked_error).cloned().chain(self.repairs.error());
         unattached.chain(unasked).chain(errors).collect()
     }
 
@@ -475,10 +482,11 @@ impl Daemon {
         let report = Report {
             sources: self.pollers.running.values().map(Poller::status).collect(),
             published: self.proxy.counters(),
-            warnings: self.warnings(),
+            warnings: self.warnings().into_iter().chain(self.repairs.warnings()).collect(),
             problems: self.problems(),
             refused: self.refused,
             flows: self.flows,
+            repairs: self.repairs.counts(),
         };
         Status::new(&self.applier.snapshot(), self.applier.maps(), report)
     }
