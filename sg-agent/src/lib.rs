@@ -16,6 +16,7 @@ pub mod explain;
 pub mod live;
 pub mod model;
 pub mod oracle;
+pub mod privileges;
 pub mod proxy;
 pub mod render;
 pub mod resolve;

@@ -1,18 +1,21 @@
 //! The executable: parses, does what was asked, and turns the outcome into text and an exit code.
 
 use std::io::{IsTerminal as _, Write as _};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Parser as _;
-use sg_agent::cli::{Cli, Command, DetachArgs, ExplainArgs, IcmpErrors, NoGroup, OnRevoke, RunArgs, StatusArgs};
+use sg_agent::cli::{
+    Cli, Command, DetachArgs, ExplainArgs, IcmpErrors, NoGroup, OnRevoke, PlaceArgs, RunArgs, StatusArgs,
+};
 use sg_agent::conntrack_settings::timeouts;
 use sg_agent::daemon::{self, LockError, NotRunning, Options, Origins, Places, Reply, Request, ask};
 use sg_agent::datapath::Pins;
 use sg_agent::exempt::Service;
 use sg_agent::source::Ec2Options;
-use sg_agent::{discovery, explain, render, resolve};
+use sg_agent::{discovery, explain, render, resolve, source};
 use sg_common::abi::{CUT_ON_REVOKE, Config, RELATED_ERRORS};
 use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 
@@ -22,6 +25,12 @@ const ERROR: u8 = 2;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     init_log();
+    if let Command::Run(args) = &cli.command
+        && let Err(error) = give_up_privileges(&cli.places, args)
+    {
+        eprintln!("sg-agent: {error:#}");
+        return ExitCode::from(ERROR);
+    }
     let places = Places { state_dir: cli.places.state_dir, bpffs: cli.places.bpffs };
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
@@ -45,6 +54,22 @@ fn main() -> ExitCode {
             ExitCode::from(ERROR)
         }
     }
+}
+
+/// Before there are other threads: each has privileges of its own. Files that it was told to use stay within reach.
+fn give_up_privileges(places: &PlaceArgs, args: &RunArgs) -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    let profiles = if args.rules.is_some() { Vec::new() } else { source::profile_files() };
+    let asks_for_command =
+        |path: &PathBuf| std::fs::read_to_string(path).is_ok_and(|text| text.contains("credential_process"));
+    let may_execute = profiles.iter().any(asks_for_command);
+    let read: Vec<PathBuf> = args.rules.iter().cloned().chain(profiles).collect();
+    let mut write = vec![places.state_dir.clone(), places.bpffs.clone()];
+    let docker = std::env::var("DOCKER_HOST").unwrap_or_default();
+    write.extend(docker.strip_prefix("unix://").filter(|_| !args.no_docker).map(PathBuf::from));
+    Ok(sg_agent::privileges::restrict(&read, &write, may_execute)?)
 }
 
 /// Logs go to standard error; `RUST_LOG` says how much. Colours only for a terminal, and never with `NO_COLOR`.

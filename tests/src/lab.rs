@@ -120,8 +120,10 @@ impl Lab {
 
     fn apply(&mut self) -> Result<(), ApplyError> {
         let desired = self.resolver.resolve(&self.world, &scope(), &self.attachments);
-        let snapshot = self.applier.apply(&desired, true)?;
+        let applied = self.applier.apply(&desired, true).map(drop);
         self.applier.collect();
+        // Where the change was refused, what stands now is what stood before.
+        let snapshot = self.applier.snapshot();
         for enforced in snapshot.interfaces.values() {
             assert!(enforced.attached, "{}: {:?}", enforced.interface.link, snapshot.warnings);
         }
@@ -140,7 +142,7 @@ impl Lab {
             })
             .collect();
         self.reference.forget();
-        Ok(())
+        applied
     }
 
     /// What the last change was warned about.

@@ -11,6 +11,8 @@ mod cut;
 mod exempt;
 #[path = "kernel/exhaustion.rs"]
 mod exhaustion;
+#[path = "kernel/faults.rs"]
+mod faults;
 #[path = "kernel/fragments.rs"]
 mod fragments;
 #[path = "kernel/groups.rs"]

@@ -13,6 +13,8 @@ mod links;
 mod load;
 #[path = "netns/observe.rs"]
 mod observe;
+#[path = "netns/privileges.rs"]
+mod privileges;
 #[path = "netns/proxy.rs"]
 mod proxy;
 #[path = "netns/restart.rs"]

@@ -11,6 +11,7 @@ mod image;
 mod libtest;
 mod moto;
 mod run;
+mod soak;
 mod test;
 mod ui;
 mod vm;
@@ -39,6 +40,8 @@ enum Command {
     Image(agent_image::Options),
     /// Fuzz: the properties with millions of packets, and the libFuzzer targets
     Fuzz(fuzz::Options),
+    /// Restart the agent and flip its rules under load, as often as wanted (root)
+    Soak(soak::Options),
     /// Play a session with the AWS CLI, Docker and SSH, and check every outcome
     Demo(demo::Options),
 }
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Command::Test(options) => test::run(&options),
         Command::Image(options) => agent_image::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
+        Command::Soak(options) => soak::run(&options),
         Command::Demo(options) => demo::run(&options),
     });
     match outcome {

@@ -100,6 +100,9 @@ struct Bound {
     written: Written,
 }
 
+/// Policies that are written and not in force yet.
+type Staged = Vec<(PolicyKey, Arc<Spec>, Written)>;
+
 /// Writes the rule maps.
 #[derive(Debug)]
 pub struct Applier {
@@ -215,19 +218,13 @@ impl Applier {
         let members = members::of(desired)?;
         check_counts(desired, &members)?;
         let staged = self.stage(desired)?;
-        self.last = None;
-
-        // Who leaves a group is out before rules change, who joins is in after: in between, nobody is allowed what
-        // neither the old state nor the new one allows.
-        let referenced = (self.referenced(), self.referenced_by(desired, &staged));
-        if let Err(error) = self.withdraw(desired, &members, (&referenced.0, &referenced.1)) {
-            self.unstage(&staged);
+        let prior = self.last.take();
+        if let Err(error) = self.replace(desired, &members, staged) {
+            if let Some(prior) = prior {
+                self.unwind(prior);
+            }
             return Err(error);
         }
-        self.bind(staged);
-        self.write_members(&members)?;
-        self.write_interfaces(desired)?;
-        self.unbind(desired);
 
         // Links that an earlier agent enforces change over when everything is in place.
         self.hook(&adopted, &mut warnings);
@@ -248,6 +245,43 @@ impl Applier {
             usage: self.store.usage(),
         });
         Ok(self.snapshot())
+    }
+
+    /// Puts staged policies in force, with all that belongs to them.
+    fn replace(&mut self, desired: &Desired, members: &Members, staged: Staged) -> Result<(), ApplyError> {
+        // Who leaves a group is out before rules change, who joins is in after: in between, nobody is allowed what
+        // neither the old state nor the new one allows.
+        let referenced = (self.referenced(), self.referenced_by(desired, &staged));
+        if let Err(error) = self.withdraw(desired, members, (&referenced.0, &referenced.1)) {
+            self.unstage(&staged);
+            return Err(error);
+        }
+        self.bind(staged);
+        self.write_members(members)?;
+        self.write_interfaces(desired)?;
+        self.unbind(desired);
+        Ok(())
+    }
+
+    /// Brings back what stood before a change that failed in its middle. Links that it brought stay closed.
+    fn unwind(&mut self, prior: Desired) {
+        let members = members::of(&prior);
+        let replaced = members.and_then(|members| {
+            let staged = self.stage(&prior)?;
+            self.replace(&prior, &members, staged)
+        });
+        if let Err(error) = replaced {
+            tracing::error!(%error, "what stood before a change that failed can't be brought back whole; trying again");
+            return;
+        }
+        self.snapshot = Arc::new(Snapshot {
+            generation: self.snapshot.generation + 1,
+            interfaces: self.enforced(&prior),
+            tables: InMemory { config: self.config, ..self.tables.clone() },
+            usage: self.store.usage(),
+            ..Snapshot::clone(&self.snapshot)
+        });
+        self.last = Some(prior);
     }
 
     /// Takes away the memberships and services that the new state doesn't have.
@@ -271,7 +305,7 @@ impl Applier {
     }
 
     /// Those that the policies will refer to.
-    fn referenced_by(&self, desired: &Desired, staged: &[(PolicyKey, Arc<Spec>, Written)]) -> Referenced {
+    fn referenced_by(&self, desired: &Desired, staged: &Staged) -> Referenced {
         let staying = self.bound.iter().filter(|(key, bound)| desired.policies.get(key) == Some(&bound.spec));
         let staying = staying.map(|(_, bound)| &bound.written);
         let written = staying.chain(staged.iter().map(|(.., written)| written));
@@ -327,7 +361,7 @@ impl Applier {
     }
 
     /// Compiles and writes every policy that is new or has changed. Nothing refers to them yet.
-    fn stage(&mut self, desired: &Desired) -> Result<Vec<(PolicyKey, Arc<Spec>, Written)>, ApplyError> {
+    fn stage(&mut self, desired: &Desired) -> Result<Staged, ApplyError> {
         let changed: Vec<(&PolicyKey, &Arc<Spec>)> = desired
             .policies
             .iter()
@@ -367,7 +401,7 @@ impl Applier {
     }
 
     /// Puts staged policies in force, one word each.
-    fn bind(&mut self, staged: Vec<(PolicyKey, Arc<Spec>, Written)>) {
+    fn bind(&mut self, staged: Staged) {
         for (key, spec, written) in staged {
             self.epoch = self.epoch.wrapping_add(1);
             let binding = Binding { policy: written.number, epoch: self.epoch };

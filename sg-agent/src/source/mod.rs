@@ -22,7 +22,7 @@ pub use alone::{actions, parse_answer};
 pub use answer::AnswerError;
 pub use ec2::Ec2;
 pub use file::RulesFile;
-pub use settings::Ec2Options;
+pub use settings::{Ec2Options, profile_files};
 
 use crate::model::InstanceId;
 
