@@ -28,7 +28,7 @@ fn main() -> ExitCode {
     if let Command::Run(args) = &cli.command
         && let Err(error) = give_up_privileges(&cli.places, args)
     {
-        eprintln!("sg-agent: {error:#}");
+        eprintln!("sg-agent: {}", render::clean(&format!("{error:#}")));
         return ExitCode::from(ERROR);
     }
     let places = Places { state_dir: cli.places.state_dir, bpffs: cli.places.bpffs };
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("sg-agent: {error:#}");
+            eprintln!("sg-agent: {}", render::clean(&format!("{error:#}")));
             ExitCode::from(ERROR)
         }
     }
@@ -79,7 +79,7 @@ fn init_log() {
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(render::one_line_each)
         .with_ansi(colours)
         .with_target(false)
         .init();

@@ -1,6 +1,6 @@
 //! Enforcement under load, while agents are killed, stopped, started and replaced and rules flip: packet for packet,
-//! counted where they arrive. `SG_RESTARTS` and `SG_FLIPS` (flips for each agent) make it long: `cargo xtask soak
-//! --restarts 100` does 100 and 10.
+//! counted where they arrive. `SG_RESTARTS` and `SG_FLIPS` (flips for each agent) make it long: `cargo xtask soak` does
+//! 100 and 10.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
