@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
+use sg_common::abi::{DEFAULT_ALLOWANCE, MAX_FLOWS};
 use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 
 use crate::discovery::AttachSpec;
@@ -165,6 +166,9 @@ pub struct RunArgs {
     /// Idle seconds after which any other UDP flow is forgotten
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(30..=60), help_heading = "Semantics")]
     pub udp_timeout: u64,
+    /// Tracked flows that one interface may have at a time; new ones beyond are dropped and counted
+    #[arg(long, value_name = "FLOWS", default_value_t = DEFAULT_ALLOWANCE, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_FLOWS)), help_heading = "Semantics")]
+    pub conntrack_allowance: u32,
 
     /// Log every packet that is dropped, with its reason (slow: for looking into one problem)
     #[arg(long)]

@@ -33,6 +33,11 @@ impl Compiled {
             Direction::Egress => &self.egress,
         }
     }
+
+    /// The numbers of the groups that its rules refer to.
+    pub fn referenced(&self) -> impl Iterator<Item = u32> + '_ {
+        self.ingress.references.keys().chain(self.egress.references.keys()).copied()
+    }
 }
 
 /// One direction of a policy. Row and column 0 stand for "no rule" and are never listed.

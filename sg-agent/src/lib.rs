@@ -19,6 +19,7 @@ pub mod launcher;
 pub mod live;
 pub mod model;
 pub mod oracle;
+pub mod privileges;
 pub mod proxy;
 pub mod render;
 pub mod resolve;

@@ -1,13 +1,15 @@
 //! The executable: parses, does what was asked, and turns the outcome into text and an exit code.
 
 use std::io::{IsTerminal as _, Write as _};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Parser as _;
 use sg_agent::cli::{
-    Cli, Command, Deny, DetachArgs, ExplainArgs, IcmpErrors, NoGroup, OnRevoke, PortsArgs, RunArgs, StatusArgs, Unknown,
+    Cli, Command, Deny, DetachArgs, ExplainArgs, IcmpErrors, NoGroup, OnRevoke, PlaceArgs, PortsArgs, RunArgs,
+    StatusArgs, Unknown,
 };
 use sg_agent::conntrack_settings::timeouts;
 use sg_agent::daemon::{self, LockError, NotRunning, Options, Origins, Places, Reply, Request, ask};
@@ -15,7 +17,7 @@ use sg_agent::datapath::Pins;
 use sg_agent::exempt::Service;
 use sg_agent::source::Ec2Options;
 use sg_agent::status::PublishedPort;
-use sg_agent::{discovery, explain, gateway, launcher, proxy, render, resolve};
+use sg_agent::{discovery, explain, gateway, launcher, proxy, render, resolve, source};
 use sg_common::abi::{CUT_ON_REVOKE, Config, RELATED_ERRORS};
 use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 
@@ -25,6 +27,12 @@ const ERROR: u8 = 2;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     init_log();
+    if let Command::Run(args) = &cli.command
+        && let Err(error) = give_up_privileges(&cli.places, args)
+    {
+        eprintln!("sg-agent: {}", render::clean(&format!("{error:#}")));
+        return ExitCode::from(ERROR);
+    }
     let places = Places { state_dir: cli.places.state_dir, bpffs: cli.places.bpffs };
     // One for the daemon's work, which may block, and the proxy's connections on all of them.
     let workers = std::thread::available_parallelism().map_or(2, |processors| processors.get().clamp(2, 8));
@@ -47,10 +55,26 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("sg-agent: {error:#}");
+            eprintln!("sg-agent: {}", render::clean(&format!("{error:#}")));
             ExitCode::from(ERROR)
         }
     }
+}
+
+/// Before there are other threads: each has privileges of its own. Files that it was told to use stay within reach.
+fn give_up_privileges(places: &PlaceArgs, args: &RunArgs) -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    let profiles = if args.rules.is_some() { Vec::new() } else { source::profile_files() };
+    let asks_for_command =
+        |path: &PathBuf| std::fs::read_to_string(path).is_ok_and(|text| text.contains("credential_process"));
+    let may_execute = profiles.iter().any(asks_for_command);
+    let read: Vec<PathBuf> = args.rules.iter().cloned().chain(profiles).collect();
+    let mut write = vec![places.state_dir.clone(), places.bpffs.clone()];
+    let docker = std::env::var("DOCKER_HOST").unwrap_or_default();
+    write.extend(docker.strip_prefix("unix://").filter(|_| !args.no_docker).map(PathBuf::from));
+    Ok(sg_agent::privileges::restrict(&read, &write, may_execute)?)
 }
 
 /// Logs go to standard error; `RUST_LOG` says how much. Colours only for a terminal, and never with `NO_COLOR`.
@@ -60,7 +84,7 @@ fn init_log() {
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(render::one_line_each)
         .with_ansi(colours)
         .with_target(false)
         .init();
@@ -117,6 +141,7 @@ fn options(places: Places, args: RunArgs) -> Result<Options> {
         config: Config {
             timeouts: timeouts(args.tcp_established_timeout, args.udp_stream_timeout, args.udp_timeout),
             flags: cut | related,
+            allowance: args.conntrack_allowance,
             ..Config::default()
         },
         launch,

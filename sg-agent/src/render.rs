@@ -1,7 +1,7 @@
 //! Answers as text for people. Names that come from elsewhere are escaped, so that none can steer a terminal.
 
 use std::fmt::Write as _;
-use std::io::IsTerminal as _;
+use std::io::{self, IsTerminal as _};
 
 use comfy_table::{ContentArrangement, Table, presets};
 
@@ -171,8 +171,33 @@ fn table(header: &[&str]) -> Table {
 }
 
 /// A text without control characters.
-fn clean(text: &str) -> String {
+pub fn clean(text: &str) -> String {
     text.chars().flat_map(|char| if char.is_control() { char.escape_default().collect() } else { vec![char] }).collect()
+}
+
+/// Standard error for the log: what is written at once is one line, whatever names are in it. Escape characters are the
+/// log's own colours; those in messages it has made visible already.
+pub fn one_line_each() -> impl io::Write {
+    OneLine(io::stderr())
+}
+
+struct OneLine<W>(W);
+
+impl<W: io::Write> io::Write for OneLine<W> {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let text = String::from_utf8_lossy(event);
+        let line = text.strip_suffix('\n').unwrap_or(&text);
+        let is_steering = |char: char| char.is_control() && char != '\u{1b}';
+        let clean =
+            line.chars().flat_map(|char| if is_steering(char) { char.escape_default().collect() } else { vec![char] });
+        let end = if line.len() < text.len() { "\n" } else { "" };
+        self.0.write_all(format!("{}{end}", clean.collect::<String>()).as_bytes())?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
 }
 
 /// Colours for terminals, unless NO_COLOR is set.
@@ -208,5 +233,13 @@ mod tests {
     #[test]
     fn names_cannot_steer_a_terminal() {
         assert_eq!(clean("a\x1b[2Jb\nc"), "a\\u{1b}[2Jb\\nc");
+    }
+
+    #[test]
+    fn a_name_cannot_begin_a_line_of_the_log() {
+        use std::io::Write as _;
+        let mut log = OneLine(Vec::new());
+        log.write_all(b"WARN \x1b[33msg-1\r\nINFO all is well\x1b[0m\n").unwrap();
+        assert_eq!(log.0, b"WARN \x1b[33msg-1\\r\\nINFO all is well\x1b[0m\n");
     }
 }

@@ -48,6 +48,9 @@ pub struct Status {
     /// Flows that can still be tracked (ENA's name; SG-3.6), as of the last sweep, some seconds ago. How many were
     /// dropped for want of room is among the interfaces' counters: `conntrack_allowance_exceeded`.
     pub conntrack_allowance_available: u32,
+    /// What somebody else had changed in the kernel and was put right, since the start, by kind: `program_detached`,
+    /// `program_preceded`, `program_unpinned`, `map_altered`.
+    pub repairs: BTreeMap<String, u64>,
     /// What is enforced otherwise than somebody might expect.
     pub warnings: Vec<Warning>,
 }
@@ -71,6 +74,8 @@ pub struct Report {
     pub refused: u64,
     /// Flows that are tracked.
     pub flows: u32,
+    /// See [`Status::repairs`].
+    pub repairs: BTreeMap<String, u64>,
 }
 
 /// What `sg-agent ports --json` prints, a list of them: a stable interface.
@@ -140,6 +145,9 @@ pub struct InterfaceStatus {
     pub egress_rules: usize,
     /// The network ACL, where one restricts anything.
     pub network_acl: Option<String>,
+    /// Flows that it can still have tracked (ENA's name; SG-3.6). How many were dropped beyond is among its counters:
+    /// `conntrack_allowance_exceeded`.
+    pub conntrack_allowance_available: u32,
     /// Packets and bytes by direction (`ingress`, `egress`) and reason.
     pub counters: BTreeMap<String, BTreeMap<String, Counter>>,
 }
@@ -162,7 +170,8 @@ impl From<Count> for Counter {
 impl Status {
     /// Puts it together.
     pub fn new(snapshot: &Snapshot, maps: &Maps, report: Report) -> Self {
-        let Report { sources, published, gateway, connections, warnings, mut problems, refused, flows } = report;
+        let Report { sources, published, gateway, connections, warnings, mut problems, refused, flows, repairs } =
+            report;
         let enis: Vec<u32> = snapshot.interfaces.values().map(|enforced| enforced.entry.eni).collect();
         let counters = maps.counters(&enis).unwrap_or_else(|error| {
             problems.push(format!("cannot read the counters: {error}"));
@@ -213,6 +222,11 @@ impl Status {
                     PolicyKey::Acl(_, acl) => Some(acl.to_string()),
                     _ => None,
                 }),
+                conntrack_allowance_available: snapshot
+                    .tables
+                    .config
+                    .allowance
+                    .saturating_sub(maps.tracked(entry.eni).unwrap_or(0)),
                 counters: by_direction,
             }
         });
@@ -232,6 +246,7 @@ impl Status {
             capacity: Usage::CAPACITY,
             refused_changes: refused,
             conntrack_allowance_available: abi::MAX_FLOWS.saturating_sub(flows),
+            repairs,
             warnings: warnings.into_iter().collect(),
         }
     }

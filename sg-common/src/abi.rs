@@ -30,8 +30,14 @@ pub const MAX_SECONDARIES: u32 = 65_536;
 pub const MAX_EXEMPT: u32 = 16_384;
 /// Tracked flows. At this limit new ones are dropped (SG-3.6).
 pub const MAX_FLOWS: u32 = 262_144;
-/// Fragmented packets under way; the oldest gives way, and its rest is dropped (SG-3.8).
-pub const MAX_FRAGMENTS: u32 = 8_192;
+/// Tracked flows of one interface, unless the agent is told otherwise ([`Config::allowance`]): an eighth of the table,
+/// so that one instance that floods leaves seven eighths to the others. More than Linux has ephemeral ports (28,232).
+pub const DEFAULT_ALLOWANCE: u32 = MAX_FLOWS / 8;
+/// Fragmented packets under way for each interface and direction; an older one with the same slot gives way, and its
+/// rest is dropped (SG-3.8). No interface takes another's.
+pub const FRAGMENT_SLOTS: u32 = 32;
+/// Fragmented packets under way.
+pub const MAX_FRAGMENTS: u32 = MAX_INTERFACES * 2 * FRAGMENT_SLOTS;
 /// (interface, direction, reason) triples that are counted.
 pub const MAX_COUNTERS: u32 = 65_536;
 /// Sockets of published ports: one for each address that a port is reached by.
@@ -364,7 +370,7 @@ pub const EITHER_ORIGIN: u16 = 256;
 /// Flag of [`Flow`]: TCP, the instance has acknowledged something.
 pub const ACKNOWLEDGED: u16 = 512;
 
-/// Key of the map `FRAGMENTS`: a fragmented packet of which the first fragment passed.
+/// A fragmented packet of which the first fragment passed.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FragmentKey {
@@ -385,6 +391,40 @@ pub struct FragmentKey {
 }
 const _: () = assert!(size_of::<FragmentKey>() == 44);
 
+impl FragmentKey {
+    /// Where it stands in `FRAGMENTS`. A sender counts its packets, so those that it sends together have slots of their
+    /// own.
+    #[inline(always)]
+    pub const fn slot(&self) -> FragmentSlot {
+        let mut mixed = self.id ^ self.source.0[3] ^ self.destination.0[3] ^ self.protocol as u32;
+        mixed ^= mixed >> 16;
+        mixed ^= mixed >> 8;
+        FragmentSlot { eni: self.eni, slot: self.direction as u32 * FRAGMENT_SLOTS + mixed % FRAGMENT_SLOTS }
+    }
+}
+
+/// Key of the map `FRAGMENTS`: a place for one fragmented packet.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct FragmentSlot {
+    /// The interface's number.
+    pub eni: u32,
+    /// Which of the interface's places.
+    pub slot: u32,
+}
+const _: () = assert!(size_of::<FragmentSlot>() == 8);
+
+/// The packet that has the place.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fragment {
+    /// Which packet.
+    pub key: FragmentKey,
+    /// Where its transport header ends, in bytes of the packet's payload.
+    pub header_end: u32,
+}
+const _: () = assert!(size_of::<Fragment>() == 48);
+
 /// Settings of one agent. Map `CONFIG`, one entry.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -402,8 +442,12 @@ pub struct Config {
     pub proxy_mark: u32,
     /// [`LAYOUT`].
     pub layout: u32,
+    /// Tracked flows that one interface may have, as an instance of ENA's has (SG-3.6).
+    pub allowance: u32,
+    /// Zero.
+    pub pad: u32,
 }
-const _: () = assert!(size_of::<Config>() == 120);
+const _: () = assert!(size_of::<Config>() == 128);
 
 /// Flag of [`Config`]: a revoke ends tracked flows too (SG-3.4, `--on-revoke=cut`).
 pub const CUT_ON_REVOKE: u32 = 1;
@@ -480,6 +524,8 @@ mod user {
         FlowKey,
         Flow,
         FragmentKey,
+        FragmentSlot,
+        Fragment,
         Config,
         ReasonKey,
         Count,

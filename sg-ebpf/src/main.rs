@@ -83,6 +83,12 @@ fn is_reset(denied: &Denied) -> bool {
     denied.port.flags & REJECT != 0 && denied.packet.protocol == TCP
 }
 
+/// Drops everything. It stands in for a moment where programs have to change places.
+#[classifier]
+pub fn closed(_ctx: TcContext) -> i32 {
+    TC_ACT_SHOT as i32
+}
+
 #[inline(always)]
 fn filter(ctx: &TcContext, direction: Direction) -> i32 {
     let frame = SkbFrame(ctx);

@@ -1,12 +1,13 @@
 //! The maps, as the programs see them. `sg_common::abi` has their types and sizes; only the agent writes rules.
 
+use core::arch::asm;
 use core::ffi::c_void;
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
 use aya_ebpf::helpers::{bpf_for_each_map_elem, bpf_ktime_get_coarse_ns, bpf_map_delete_elem};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
-use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap};
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray, PerCpuHashMap};
 use sg_common::abi::*;
 use sg_common::addr::Address;
 use sg_common::early::Ports;
@@ -47,7 +48,12 @@ pub static DENIED: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_PUBLISHE
 #[map]
 static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(MAX_FLOWS, 0);
 #[map]
-static FRAGMENTS: LruHashMap<FragmentKey, u32> = LruHashMap::with_max_entries(MAX_FRAGMENTS, 0);
+static FRAGMENTS: HashMap<FragmentSlot, Fragment> = HashMap::with_max_entries(MAX_FRAGMENTS, BPF_F_NO_PREALLOC);
+/// How many entries of `FLOWS` each interface has, expired ones included, by its number. Whoever adds an entry or
+/// removes one counts it, and an entry is added and removed only once, so it never drifts. Two CPUs that both find the
+/// last place free both take it: an interface may have as many flows too many as there are CPUs.
+#[map]
+static TRACKED: Array<i64> = Array::with_max_entries(MAX_INTERFACES, 0);
 /// The packet being judged on this CPU.
 #[map]
 static PACKET: PerCpuArray<Packet> = PerCpuArray::with_max_entries(1, 0);
@@ -114,11 +120,53 @@ unsafe extern "C" fn visit(map: *mut c_void, key: *mut c_void, flow: *mut c_void
     let (flow, sweep) = unsafe { (&*flow.cast::<Flow>(), &mut *sweep.cast::<Sweep>()) };
     if CONFIG.get(0).is_some_and(|config| flow.is_expired(config, sweep.now)) {
         // SAFETY: deleting the entry that is being visited is allowed (kernel: `bpf_for_each_hash_elem`).
-        let _ = unsafe { bpf_map_delete_elem(map, key) };
+        let result = unsafe { bpf_map_delete_elem(map, key) };
+        if result == 0 {
+            // SAFETY: the helper passes the entry's key.
+            count_tracked(unsafe { (*key.cast::<FlowKey>()).eni }, -1);
+        }
     } else {
         sweep.live += 1;
     }
     0
+}
+
+/// Takes note of an entry more or less of an interface's flows.
+#[inline(always)]
+fn count_tracked(eni: u32, more: i64) {
+    if let Some(tracked) = TRACKED.get_ptr_mut(eni) {
+        // SAFETY: an aligned word of an array that is never freed while the program runs. The target has no
+        // compare-and-swap for Rust's atomics, but this instruction.
+        unsafe { asm!("lock *(u64 *)({word} + 0) += {more}", word = in(reg) tracked, more = in(reg) more) };
+    }
+}
+
+/// Whether an interface may have one more flow.
+#[inline(always)]
+fn has_allowance(eni: u32) -> bool {
+    // SAFETY: as in `count_tracked`.
+    let tracked = TRACKED.get_ptr(eni).map(|tracked| unsafe { tracked.read_volatile() });
+    match (tracked, CONFIG.get(0)) {
+        (Some(tracked), Some(config)) => tracked < i64::from(config.allowance),
+        _ => false,
+    }
+}
+
+/// Adds a flow's entry and counts it. One that another CPU added meanwhile stands, and is counted there.
+#[inline(always)]
+fn track(key: &FlowKey, flow: &Flow) -> Result<(), Full> {
+    const EEXIST: i32 = -17;
+    if !has_allowance(key.eni) {
+        return Err(Full);
+    }
+    match FLOWS.insert(key, flow, BPF_NOEXIST as u64) {
+        Ok(()) => {
+            count_tracked(key.eni, 1);
+            Ok(())
+        }
+        Err(error) if error as i32 == EEXIST => Ok(()),
+        Err(_) => Err(Full),
+    }
 }
 
 /// The interface whose host-side link has this index.
@@ -297,37 +345,39 @@ impl Memory for Maps {
 
     #[inline(always)]
     fn add_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), Full> {
-        const EEXIST: i32 = -17;
-        match FLOWS.insert(key, flow, BPF_NOEXIST as u64) {
-            Ok(()) => Ok(()),
-            Err(error) if error as i32 == EEXIST => Ok(()),
-            // With an agent that sweeps it doesn't come to this; without one, the packets help themselves.
-            Err(_) if sweep_if_due(flow.seen) => FLOWS.insert(key, flow, BPF_NOEXIST as u64).map_err(|_| Full),
-            Err(_) => Err(Full),
+        match track(key, flow) {
+            // With an agent that sweeps this finds nothing; without one, the packets help themselves.
+            Err(Full) if sweep_if_due(flow.seen) => track(key, flow),
+            result => result,
         }
     }
 
     #[inline(always)]
     fn remove_flow(&self, key: &FlowKey) {
         // It may be gone already, which is as good.
-        let _ = FLOWS.remove(key);
+        if FLOWS.remove(key).is_ok() {
+            count_tracked(key.eni, -1);
+        }
     }
 
     #[inline(always)]
     fn add_fragment(&self, key: &FragmentKey, header_end: u16) {
         // Without room the rest of the packet is dropped as orphans: the closed side.
-        let _ = FRAGMENTS.insert(key, header_end as u32, 0);
+        let _ = FRAGMENTS.insert(key.slot(), Fragment { key: *key, header_end: header_end as u32 }, 0);
     }
 
     #[inline(always)]
     fn remove_fragment(&self, key: &FragmentKey) {
         // Most often there is none.
-        let _ = FRAGMENTS.remove(key);
+        if self.fragment(key).is_some() {
+            let _ = FRAGMENTS.remove(key.slot());
+        }
     }
 
     #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> Option<u16> {
-        // SAFETY: see `interface`; a recycled entry reads as another packet's, whose fragments the receiver discards.
-        unsafe { FRAGMENTS.get(key) }.map(|end| *end as u16)
+        // SAFETY: see `interface`; entries are replaced whole.
+        let fragment = unsafe { FRAGMENTS.get(key.slot()) }?;
+        if fragment.key == *key { Some(fragment.header_end as u16) } else { None }
     }
 }

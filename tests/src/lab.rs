@@ -13,7 +13,7 @@ use sg_agent::explain::{Explanation, Query, explain};
 use sg_agent::live;
 use sg_agent::model::{Eni, Inventory, Warning};
 use sg_agent::resolve::{Resolver, Settings, World};
-use sg_common::abi::{Config, Count, DELEGATED, Direction, RELATED_ERRORS};
+use sg_common::abi::{Config, Count, DELEGATED, Direction, MAX_FLOWS, RELATED_ERRORS};
 use sg_common::addr::Address;
 use sg_common::conntrack::State;
 use sg_common::verdict::{Drop, Pass, Verdict, number};
@@ -59,6 +59,7 @@ impl Lab {
         let config = Config {
             timeouts: State::DEFAULT_TIMEOUTS.map(|seconds| seconds * 1_000_000_000),
             flags: RELATED_ERRORS,
+            allowance: MAX_FLOWS,
             ..Config::default()
         };
         let (datapath, maps) = Datapath::load(&config, None, false).expect("programs and maps that the kernel takes");
@@ -119,12 +120,16 @@ impl Lab {
     pub fn attach(&mut self, change: impl FnOnce(&mut Vec<Attachment>)) {
         change(&mut self.attachments);
         self.apply().expect("a state that fits");
+        // Those of an interface that went are gone.
+        self.counters = self.count();
     }
 
     fn apply(&mut self) -> Result<(), ApplyError> {
         let desired = self.resolver.resolve(&self.world, &scope(), &self.attachments);
-        let snapshot = self.applier.apply(&desired, true)?;
+        let applied = self.applier.apply(&desired, true).map(drop);
         self.applier.collect();
+        // Where the change was refused, what stands now is what stood before.
+        let snapshot = self.applier.snapshot();
         for enforced in snapshot.interfaces.values() {
             assert!(enforced.attached, "{}: {:?}", enforced.interface.link, snapshot.warnings);
         }
@@ -145,7 +150,7 @@ impl Lab {
             })
             .collect();
         self.reference.forget();
-        Ok(())
+        applied
     }
 
     /// What the last change was warned about.
@@ -212,7 +217,7 @@ impl Lab {
         if !is_taken(frame) {
             return expected;
         }
-        let returned = self.execute(ifindex, direction, frame);
+        let returned = self.returned(ifindex, direction, frame);
         let (eni, its_direction, reason) = self.moved(frame.len() as u64);
         let verdict = verdict(reason);
         assert_eq!(returned, if verdict.is_ok() { NEXT } else { SHOT }, "{verdict:?} but action {returned}");
@@ -224,8 +229,29 @@ impl Lab {
         verdict
     }
 
+    /// Runs frames through the program alone, as fast as it goes; how many pass. The pipeline in memory doesn't learn
+    /// of them.
+    pub fn flood(&mut self, host: Host, direction: Direction, frames: impl Iterator<Item = Vec<u8>>) -> u32 {
+        self.set_clock();
+        let ifindex = self.ifindex(host);
+        let mut passed = 0;
+        for frame in frames {
+            passed += u32::from(self.returned(ifindex, direction, &frame) == NEXT);
+        }
+        self.counters = self.count();
+        passed
+    }
+
+    /// Runs one frame through the program alone: the kernel's verdict.
+    pub fn execute(&mut self, host: Host, direction: Direction, frame: &[u8]) -> Verdict {
+        self.set_clock();
+        self.returned(self.ifindex(host), direction, frame);
+        let (.., reason) = self.moved(frame.len() as u64);
+        verdict(reason)
+    }
+
     /// Runs one frame; what the program returned.
-    fn execute(&mut self, ifindex: u32, direction: Direction, frame: &[u8]) -> u32 {
+    fn returned(&mut self, ifindex: u32, direction: Direction, frame: &[u8]) -> u32 {
         let (datapath, _) = self.applier.datapath();
         datapath.run(direction, ifindex, self.mark, frame).expect("a frame that the kernel runs")
     }

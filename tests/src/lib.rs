@@ -1,7 +1,8 @@
 //! What the tests of packets share: private namespaces, packets, the cast, the kernel's programs in a laboratory, and
-//! a copy of the whole pipeline in memory to hold against them; and `e2e`, the agent as its users start it. Asserts
+//! a copy of the whole pipeline in memory to hold against them; `bpf`, what root can do to all that; and `e2e`, the agent as its users start it. Asserts
 //! nothing of its own, but for `e2e`'s probes, which say what was expected of them.
 
+pub mod bpf;
 pub mod cast;
 pub mod e2e;
 pub mod lab;

@@ -7,7 +7,10 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use nix::time::{ClockId, clock_gettime};
 use sg_agent::tables::InMemory;
-use sg_common::abi::{Binding, Config, Direction, Flow, FlowKey, FragmentKey, Interface, MAX_FLOWS, Member, Policy};
+use sg_common::abi::{
+    Binding, Config, Direction, Flow, FlowKey, Fragment, FragmentKey, FragmentSlot, Interface, MAX_FLOWS, Member,
+    Policy,
+};
 use sg_common::addr::Address;
 use sg_common::judge::{Full, Memory, judge};
 use sg_common::packet::Packet;
@@ -29,7 +32,7 @@ pub struct Reference {
     pub flows: RefCell<HashMap<FlowKey, Flow>>,
     /// Flows at most.
     pub capacity: Cell<usize>,
-    fragments: RefCell<HashMap<FragmentKey, u16>>,
+    fragments: RefCell<HashMap<FragmentSlot, Fragment>>,
 }
 
 impl Reference {
@@ -112,8 +115,15 @@ impl Memory for Reference {
 
     fn add_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), Full> {
         let mut flows = self.flows.borrow_mut();
-        if flows.len() >= self.capacity.get() && !flows.contains_key(key) {
-            return Err(Full);
+        let is_full = |flows: &HashMap<FlowKey, Flow>| {
+            let its = flows.keys().filter(|flow| flow.eni == key.eni).count();
+            flows.len() >= self.capacity.get() || its >= self.config.allowance as usize
+        };
+        if is_full(&flows) {
+            flows.retain(|_, flow| !flow.is_expired(&self.config, self.now()));
+            if is_full(&flows) {
+                return Err(Full);
+            }
         }
         flows.entry(*key).or_insert(*flow);
         Ok(())
@@ -124,15 +134,19 @@ impl Memory for Reference {
     }
 
     fn add_fragment(&self, key: &FragmentKey, header_end: u16) {
-        self.fragments.borrow_mut().insert(*key, header_end);
+        let fragment = Fragment { key: *key, header_end: header_end.into() };
+        self.fragments.borrow_mut().insert(key.slot(), fragment);
     }
 
     fn remove_fragment(&self, key: &FragmentKey) {
-        self.fragments.borrow_mut().remove(key);
+        if self.fragment(key).is_some() {
+            self.fragments.borrow_mut().remove(&key.slot());
+        }
     }
 
     fn fragment(&self, key: &FragmentKey) -> Option<u16> {
-        self.fragments.borrow().get(key).copied()
+        let fragment = self.fragments.borrow().get(&key.slot()).copied().filter(|fragment| fragment.key == *key)?;
+        u16::try_from(fragment.header_end).ok()
     }
 }
 

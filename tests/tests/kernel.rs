@@ -15,6 +15,10 @@ mod cut;
 mod ends;
 #[path = "kernel/exempt.rs"]
 mod exempt;
+#[path = "kernel/exhaustion.rs"]
+mod exhaustion;
+#[path = "kernel/faults.rs"]
+mod faults;
 #[path = "kernel/fragments.rs"]
 mod fragments;
 #[path = "kernel/groups.rs"]
@@ -41,6 +45,8 @@ mod rules;
 mod spoofing;
 #[path = "kernel/state.rs"]
 mod state;
+#[path = "kernel/tampering.rs"]
+mod tampering;
 #[path = "kernel/untracked.rs"]
 mod untracked;
 

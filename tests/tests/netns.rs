@@ -11,8 +11,12 @@ mod flows;
 mod groups;
 #[path = "netns/links.rs"]
 mod links;
+#[path = "netns/load.rs"]
+mod load;
 #[path = "netns/observe.rs"]
 mod observe;
+#[path = "netns/privileges.rs"]
+mod privileges;
 #[path = "netns/proxy.rs"]
 mod proxy;
 #[path = "netns/restart.rs"]
@@ -21,6 +25,8 @@ mod restart;
 mod rules;
 #[path = "netns/spoofing.rs"]
 mod spoofing;
+#[path = "netns/tampering.rs"]
+mod tampering;
 
 use std::panic::resume_unwind;
 use std::thread;

@@ -1,6 +1,7 @@
 //! Set-up: what a clean machine lacks is installed, each with a line that says what and why. Looking comes first,
 //! so that the second time costs nothing. One module a part; this one owns the Debian packages.
 
+pub mod audit;
 pub mod bpf;
 pub mod docker;
 pub mod python;

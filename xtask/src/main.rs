@@ -13,6 +13,7 @@ mod launched;
 mod libtest;
 mod moto;
 mod run;
+mod soak;
 mod test;
 mod ui;
 mod vm;
@@ -43,6 +44,8 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Measure everything beside its peers, and write a report (target/bench)
     Bench(bench::Options),
+    /// Restart the agent and flip its rules under load, as often as wanted (root)
+    Soak(soak::Options),
     /// Play a session with the AWS CLI, Docker and SSH, and check every outcome
     Demo,
 }
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Command::Image(options) => agent_image::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Soak(options) => soak::run(&options),
         Command::Demo => demo::run(),
     });
     match outcome {

@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use console::style;
 
-use crate::deps::{self, docker::Engine, python::Venv};
+use crate::deps::{self, audit, docker::Engine, python::Venv};
 use crate::libtest::{self, Counts};
 use crate::{agent_image, build, cmd, ebpf, ui, vm, workspace};
 
@@ -52,6 +52,8 @@ enum Set {
     Fmt,
     /// clippy and the eBPF compiler have no warnings
     Clippy,
+    /// cargo-deny has nothing against a dependency
+    Deps,
     /// The crates' own tests
     Unit,
     /// The eBPF programs by BPF_PROG_TEST_RUN
@@ -67,6 +69,7 @@ impl Set {
         match self {
             Self::Fmt => "fmt",
             Self::Clippy => "clippy",
+            Self::Deps => "deps",
             Self::Unit => "unit",
             Self::Kernel => "kernel",
             Self::Netns => "netns",
@@ -78,6 +81,7 @@ impl Set {
         match self {
             Self::Fmt => "rustfmt changes nothing (rustfmt)",
             Self::Clippy => "clippy and the eBPF compiler have no warnings (clippy)",
+            Self::Deps => "cargo-deny has nothing against a dependency: advisories, licences, sources",
             Self::Unit => "the crates' own tests",
             Self::Kernel => "the eBPF programs by BPF_PROG_TEST_RUN (root)",
             Self::Netns => "the agent in network namespaces (root)",
@@ -222,6 +226,7 @@ impl Runner {
                 ebpf::check()?;
                 Ok(Outcome::Passed)
             }
+            Set::Deps => self.deps(),
             Set::Unit => {
                 self.object()?;
                 let mut test = workspace::cargo();
@@ -237,6 +242,26 @@ impl Runner {
             Set::Netns => self.rooted(set, &[deps::IP], &[], counts),
             Set::Docker => self.docker(counts),
         }
+    }
+
+    /// Licences and sources are told by the lock files alone; the advisories are a database that has to be fetched.
+    fn deps(&self) -> Result<Outcome> {
+        let deny = match audit::ensure() {
+            Ok(deny) => deny,
+            Err(error) => return Ok(Outcome::Skipped(format!("no cargo-deny: {error:#}"))),
+        };
+        for manifest in audit::MANIFESTS {
+            cmd::run(&mut audit::command(&deny, manifest, &["licenses", "bans", "sources"]))?;
+        }
+        if let Err(error) = audit::fetch(&deny) {
+            return Ok(Outcome::Skipped(format!(
+                "licences, bans and sources are in order; the advisories were NOT looked at, as their database can't be fetched: {error:#}"
+            )));
+        }
+        for manifest in audit::MANIFESTS {
+            cmd::run(&mut audit::command(&deny, manifest, &["advisories"]))?;
+        }
+        Ok(Outcome::Passed)
     }
 
     fn docker(&mut self, counts: &mut Counts) -> Result<Outcome> {

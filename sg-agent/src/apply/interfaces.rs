@@ -80,7 +80,7 @@ impl Applier {
         Ok(())
     }
 
-    fn add_secondaries(&mut self, secondaries: &BTreeSet<(u32, IpAddr)>) -> Result<(), ApplyError> {
+    pub(super) fn add_secondaries(&mut self, secondaries: &BTreeSet<(u32, IpAddr)>) -> Result<(), ApplyError> {
         let failed = |error| DatapathError::Write { map: "SECONDARIES", error };
         for own in secondaries {
             if !self.secondaries.contains(own) {
@@ -183,7 +183,7 @@ fn secondaries(desired: &Desired, entries: &Entries) -> BTreeSet<(u32, IpAddr)> 
     secondaries
 }
 
-fn own_key(&(eni, address): &(u32, IpAddr)) -> OwnKey {
+pub(super) fn own_key(&(eni, address): &(u32, IpAddr)) -> OwnKey {
     OwnKey { eni, address: address.into() }
 }
 

@@ -32,18 +32,31 @@ pub fn of(desired: &Desired) -> Result<Members, ApplyError> {
     Ok(members)
 }
 
-/// Those memberships of which the old state and the new one agree.
-pub fn common(old: &Members, new: &Members) -> Members {
-    let both = |old: &Member, new: &Member| {
+/// The groups that the rules of a state refer to.
+pub type Referenced = BTreeSet<u32>;
+
+/// The memberships that may stand while rules change: those of which both states agree, and those that are there, or
+/// are not, only because the other state's rules don't refer to the group. Without the latter, what both states allow
+/// by different rules would be denied in between.
+pub fn between(old: &Members, new: &Members, (before, after): (&Referenced, &Referenced)) -> Members {
+    let none = Member::default();
+    let places: BTreeSet<&(u32, IpNet)> = old.keys().chain(new.keys()).collect();
+    let stay = |place: &(u32, IpNet)| {
+        let (old, new) = (old.get(place).unwrap_or(&none), new.get(place).unwrap_or(&none));
         let subnet = if old.subnet == new.subnet { old.subnet } else { 0 };
         let mut member = Member { subnet, ..Member::default() };
-        for group in groups(old).intersection(&groups(new)) {
-            member.groups[member.count as usize] = *group;
+        let (was, is) = (groups(old), groups(new));
+        let gone = was.difference(&is).filter(|group| !after.contains(group));
+        let fresh = is.difference(&was).filter(|group| !before.contains(group));
+        // Should they be too many, the first count: those that both states have.
+        for (place, group) in member.groups.iter_mut().zip(was.intersection(&is).chain(gone).chain(fresh)) {
+            *place = *group;
             member.count += 1;
         }
         member
     };
-    old.iter().filter_map(|(place, old)| Some((*place, both(old, new.get(place)?)))).collect()
+    let members = places.into_iter().map(|place| (*place, stay(place)));
+    members.filter(|(_, member)| member.count > 0 || member.subnet != 0).collect()
 }
 
 /// Whether an address is in fewer groups than before.
@@ -57,6 +70,8 @@ fn groups(member: &Member) -> BTreeSet<u32> {
 
 #[cfg(test)]
 mod tests {
+    use sg_common::abi::GROUPS_PER_MEMBER;
+
     use super::*;
 
     fn members(entries: &[(&str, &[u32], u32)]) -> Members {
@@ -72,8 +87,29 @@ mod tests {
     fn in_between_nobody_is_in_what_either_state_denies() {
         let old = members(&[("10.0.0.1", &[1, 2], 7), ("10.0.0.2", &[1], 7)]);
         let new = members(&[("10.0.0.1", &[2, 3], 8), ("10.0.0.3", &[1], 7)]);
-        assert_eq!(common(&old, &new), members(&[("10.0.0.1", &[2], 0)]));
-        assert_eq!(common(&old, &old), old);
+        let all = Referenced::from([1, 2, 3]);
+        assert_eq!(between(&old, &new, (&all, &all)), members(&[("10.0.0.1", &[2], 0)]));
+        assert_eq!(between(&old, &old, (&all, &all)), old);
+    }
+
+    #[test]
+    fn what_only_one_state_refers_to_stands_in_between() {
+        let old = members(&[("10.0.0.1", &[1], 0), ("10.0.0.2", &[4], 0)]);
+        let new = members(&[("10.0.0.1", &[2], 0), ("10.0.0.3", &[2, 4], 0)]);
+        let (before, after) = (Referenced::from([1, 4]), Referenced::from([2, 4]));
+        let expected = members(&[("10.0.0.1", &[1, 2], 0), ("10.0.0.3", &[2], 0)]);
+        assert_eq!(between(&old, &new, (&before, &after)), expected, "in and out of 4, to which both refer, as ever");
+    }
+
+    #[test]
+    fn too_many_in_between_leave_those_of_both() {
+        let many = |first: u32| (first..first + GROUPS_PER_MEMBER as u32).collect::<Vec<_>>();
+        let old = members(&[("10.0.0.1", &many(1), 0)]);
+        let new = members(&[("10.0.0.1", &many(9), 0)]);
+        let between = between(&old, &new, (&many(1).into_iter().collect(), &many(9).into_iter().collect()));
+        let member = between.values().next().expect("a member");
+        assert_eq!(member.count as usize, GROUPS_PER_MEMBER);
+        assert!((9..17).all(|group| groups(member).contains(&group)));
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod members;
 mod policies;
 mod published;
 mod space;
+mod verify;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -17,12 +18,13 @@ use std::sync::Arc;
 
 use sg_common::abi::{self, Binding, Config, ExemptKey};
 
-use members::Members;
+use members::{Members, Referenced};
 pub use policies::Usage;
 use policies::{Store, Written};
 use published::Published;
 pub use published::{Judged, Sockets};
 use space::Numbers;
+pub use verify::Repair;
 
 use crate::compile::{CompileError, compile};
 use crate::datapath::{Datapath, DatapathError, Hook, Maps, absent_is_fine};
@@ -112,6 +114,9 @@ struct Bound {
     written: Written,
 }
 
+/// Policies that are written and not in force yet.
+type Staged = Vec<(PolicyKey, Arc<Spec>, Written)>;
+
 /// Writes the rule maps.
 #[derive(Debug)]
 pub struct Applier {
@@ -134,6 +139,7 @@ pub struct Applier {
     secondaries: BTreeSet<(u32, IpAddr)>,
     retired: Vec<Written>,
     published: Published,
+    audit: verify::Audit,
     epoch: u32,
     snapshot: Arc<Snapshot>,
     /// What was last brought about; none while a change is under way, or after one that failed.
@@ -170,6 +176,7 @@ impl Applier {
             secondaries: BTreeSet::new(),
             retired: Vec::new(),
             published: Published::default(),
+            audit: verify::Audit::default(),
             epoch,
             snapshot: Arc::default(),
             last: None,
@@ -227,18 +234,13 @@ impl Applier {
         let members = members::of(desired)?;
         check_counts(desired, &members)?;
         let staged = self.stage(desired)?;
-        self.last = None;
-
-        // Who leaves a group is out before rules change, who joins is in after: in between, nobody is allowed what
-        // neither the old state nor the new one allows.
-        if let Err(error) = self.withdraw(desired, &members) {
-            self.unstage(&staged);
+        let prior = self.last.take();
+        if let Err(error) = self.replace(desired, &members, staged) {
+            if let Some(prior) = prior {
+                self.unwind(prior);
+            }
             return Err(error);
         }
-        self.bind(staged);
-        self.write_members(&members)?;
-        self.write_interfaces(desired)?;
-        self.unbind(desired);
 
         // Links that an earlier agent enforces change over when everything is in place.
         self.hook(&adopted, &mut warnings);
@@ -261,14 +263,69 @@ impl Applier {
         Ok(self.snapshot())
     }
 
+    /// Puts staged policies in force, with all that belongs to them.
+    fn replace(&mut self, desired: &Desired, members: &Members, staged: Staged) -> Result<(), ApplyError> {
+        // Who leaves a group is out before rules change, who joins is in after: in between, nobody is allowed what
+        // neither the old state nor the new one allows.
+        let referenced = (self.referenced(), self.referenced_by(desired, &staged));
+        if let Err(error) = self.withdraw(desired, members, (&referenced.0, &referenced.1)) {
+            self.unstage(&staged);
+            return Err(error);
+        }
+        self.bind(staged);
+        self.write_members(members)?;
+        self.write_interfaces(desired)?;
+        self.unbind(desired);
+        Ok(())
+    }
+
+    /// Brings back what stood before a change that failed in its middle. Links that it brought stay closed.
+    fn unwind(&mut self, prior: Desired) {
+        let members = members::of(&prior);
+        let replaced = members.and_then(|members| {
+            let staged = self.stage(&prior)?;
+            self.replace(&prior, &members, staged)
+        });
+        if let Err(error) = replaced {
+            tracing::error!(%error, "what stood before a change that failed can't be brought back whole; trying again");
+            return;
+        }
+        self.snapshot = Arc::new(Snapshot {
+            generation: self.snapshot.generation + 1,
+            interfaces: self.enforced(&prior),
+            tables: InMemory { config: self.config, ..self.tables.clone() },
+            usage: self.store.usage(),
+            ..Snapshot::clone(&self.snapshot)
+        });
+        self.last = Some(prior);
+    }
+
     /// Takes away the memberships and services that the new state doesn't have.
-    fn withdraw(&mut self, desired: &Desired, members: &Members) -> Result<(), ApplyError> {
+    fn withdraw(
+        &mut self,
+        desired: &Desired,
+        members: &Members,
+        referenced: (&Referenced, &Referenced),
+    ) -> Result<(), ApplyError> {
         if members::are_lost(&self.tables.members, members) {
             self.end_births()?;
         }
-        let staying = members::common(&self.tables.members, members);
+        let staying = members::between(&self.tables.members, members, referenced);
         self.write_members(&staying)?;
         self.write_exempt(desired)
+    }
+
+    /// The groups that the policies in force refer to.
+    fn referenced(&self) -> Referenced {
+        self.tables.policies.values().flat_map(|policy| policy.referenced()).collect()
+    }
+
+    /// Those that the policies will refer to.
+    fn referenced_by(&self, desired: &Desired, staged: &Staged) -> Referenced {
+        let staying = self.bound.iter().filter(|(key, bound)| desired.policies.get(key) == Some(&bound.spec));
+        let staying = staying.map(|(_, bound)| &bound.written);
+        let written = staying.chain(staged.iter().map(|(.., written)| written));
+        written.flat_map(|written| written.compiled.referenced()).collect()
     }
 
     /// The desired interfaces as they are enforced now.
@@ -320,7 +377,7 @@ impl Applier {
     }
 
     /// Compiles and writes every policy that is new or has changed. Nothing refers to them yet.
-    fn stage(&mut self, desired: &Desired) -> Result<Vec<(PolicyKey, Arc<Spec>, Written)>, ApplyError> {
+    fn stage(&mut self, desired: &Desired) -> Result<Staged, ApplyError> {
         let changed: Vec<(&PolicyKey, &Arc<Spec>)> = desired
             .policies
             .iter()
@@ -360,7 +417,7 @@ impl Applier {
     }
 
     /// Puts staged policies in force, one word each.
-    fn bind(&mut self, staged: Vec<(PolicyKey, Arc<Spec>, Written)>) {
+    fn bind(&mut self, staged: Staged) {
         for (key, spec, written) in staged {
             self.epoch = self.epoch.wrapping_add(1);
             let binding = Binding { policy: written.number, epoch: self.epoch };
@@ -426,28 +483,25 @@ impl Applier {
     }
 
     fn write_exempt(&mut self, desired: &Desired) -> Result<(), ApplyError> {
-        let key = |(vpc, service): &(u32, Service)| ExemptKey {
-            vpc: *vpc,
-            address: service.address.into(),
-            port: service.port,
-            protocol: service.protocol,
-            pad: 0,
-        };
         let failed = |error| DatapathError::Write { map: "EXEMPT", error };
         let gone: Vec<_> = self.tables.exempt.difference(&desired.exempt).cloned().collect();
         for place in gone {
             self.maps.writes += 1;
-            absent_is_fine(self.maps.exempt.remove(&key(&place))).map_err(failed)?;
+            absent_is_fine(self.maps.exempt.remove(&exempt_key(&place))).map_err(failed)?;
             self.tables.exempt.remove(&place);
         }
         let new: Vec<_> = desired.exempt.difference(&self.tables.exempt).cloned().collect();
         for place in new {
             self.maps.writes += 1;
-            self.maps.exempt.insert(key(&place), 1, 0).map_err(failed)?;
+            self.maps.exempt.insert(exempt_key(&place), 1, 0).map_err(failed)?;
             self.tables.exempt.insert(place);
         }
         Ok(())
     }
+}
+
+fn exempt_key((vpc, service): &(u32, Service)) -> ExemptKey {
+    ExemptKey { vpc: *vpc, address: service.address.into(), port: service.port, protocol: service.protocol, pad: 0 }
 }
 
 /// Slots for policies in force: slot 0 is nobody's.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use aya::maps::MapError;
 use aya::maps::lpm_trie::Key;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use sg_common::abi::{self, Cidr4Key, Cidr6Key, Direction, Policy, PortKey, ReferenceKey};
 
 use super::ApplyError;
@@ -182,6 +182,34 @@ impl Store {
 }
 
 impl Written {
+    /// Writes it again, where somebody else changed it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn restore(&self, maps: &mut Maps) -> Result<(), DatapathError> {
+        self.put(maps, Direction::Ingress)?;
+        self.put(maps, Direction::Egress)
+    }
+
+    /// Puts cells right; whether any were wrong.
+    pub fn restore_cells(&self, maps: &Maps) -> bool {
+        let mut found = false;
+        for direction in [Direction::Ingress, Direction::Egress] {
+            for (place, &word) in (self.matrices[direction as usize]..).zip(&self.compiled.table(direction).matrix) {
+                if maps.matrix.load(place) != word {
+                    maps.matrix.store(place, word);
+                    found = true;
+                }
+            }
+        }
+        found
+    }
+
+    /// The header of one of its directions, 0 or 1.
+    pub fn header(&self, side: u32) -> Policy {
+        header(self.compiled.table(direction(side)), self.matrices[side as usize & 1])
+    }
+
     fn put(&self, maps: &mut Maps, direction: Direction) -> Result<(), DatapathError> {
         let table = self.compiled.table(direction);
         let id = abi::table(self.number, direction);
@@ -239,6 +267,35 @@ fn write(map: &'static str) -> impl FnOnce(MapError) -> DatapathError {
 
 fn header(table: &Table, matrix: u32) -> Policy {
     Policy { matrix, row_words: table.row_words(), size: table.rows << 16 | table.columns, flags: table.flags }
+}
+
+/// The direction that a table's number stands for.
+pub fn direction(id: u32) -> Direction {
+    if id & 1 == Direction::Ingress as u32 { Direction::Ingress } else { Direction::Egress }
+}
+
+/// A key's table and network; none for a key that isn't one of ours.
+pub fn network4(key: &Key<Cidr4Key>) -> Option<(u32, IpNet)> {
+    let Cidr4Key { table, address } = key.data();
+    let length = key.prefix_len().checked_sub(TABLE_BITS)?;
+    let network = Ipv4Net::new(address.into(), u8::try_from(length).ok()?).ok()?;
+    Some((u32::from_be_bytes(table), network.into()))
+}
+
+/// The same for IPv6.
+pub fn network6(key: &Key<Cidr6Key>) -> Option<(u32, IpNet)> {
+    let Cidr6Key { table, address } = key.data();
+    let length = key.prefix_len().checked_sub(TABLE_BITS)?;
+    let network = Ipv6Net::new(address.into(), u8::try_from(length).ok()?).ok()?;
+    Some((u32::from_be_bytes(table), network.into()))
+}
+
+/// A key's table and port prefix.
+pub fn port_prefix(key: &Key<PortKey>) -> Option<(u32, PortPrefix)> {
+    let PortKey { table, protocol, port } = key.data();
+    let bits = u8::try_from(key.prefix_len().checked_sub(TABLE_BITS)?).ok()?;
+    let (protocol, port) = (u16::from_be_bytes(protocol), u16::from_be_bytes(port));
+    Some((u32::from_be_bytes(table), PortPrefix { protocol, port, bits }))
 }
 
 /// Bits of a key before the address: the table's number.

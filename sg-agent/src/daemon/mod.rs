@@ -13,6 +13,7 @@ mod poll;
 mod pollers;
 mod report;
 mod state;
+mod verify;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -34,6 +35,7 @@ use self::look::{Looked, Lookout, View};
 use self::poll::{Polled, Poller};
 use self::pollers::Pollers;
 use self::state::Desk;
+use self::verify::Repairs;
 use crate::apply::{Applier, Snapshot};
 use crate::datapath::{Datapath, Pins};
 use crate::discovery;
@@ -200,6 +202,7 @@ pub async fn run(options: Options) -> Result<()> {
         apply_error: None,
         refused: 0,
         flows: 0,
+        repairs: Repairs::default(),
         poller_warnings: Vec::new(),
         proxy_warnings: Vec::new(),
         gateway_warning: gateway.1,
@@ -209,6 +212,8 @@ pub async fn run(options: Options) -> Result<()> {
 
     let mut sweeps = tokio::time::interval(SWEEP_INTERVAL);
     sweeps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut looks = tokio::time::interval(verify::INTERVAL);
+    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             event = inbox.recv() => match event {
@@ -221,6 +226,7 @@ pub async fn run(options: Options) -> Result<()> {
             _ = interrupt.recv() => break,
             Some(ask) = asks.recv() => daemon.ask_endpoint(ask),
             _ = sweeps.tick() => daemon.sweep(),
+            _ = looks.tick() => daemon.verify(),
             () = daemon.desk.next_deadline() => daemon.desk.expire(),
         }
     }
@@ -299,6 +305,7 @@ struct Daemon {
     refused: u64,
     /// Flows that lived at the last sweep.
     flows: u32,
+    repairs: Repairs,
     poller_warnings: Vec<Warning>,
     proxy_warnings: Vec<Warning>,
     gateway_warning: Option<Warning>,
@@ -308,6 +315,7 @@ struct Daemon {
 
 impl Daemon {
     async fn on(&mut self, event: Event) {
+        let was_stale = *self.freshness.borrow();
         match event {
             Event::Looked(looked) => {
                 self.look(*looked);
@@ -337,6 +345,9 @@ impl Daemon {
             }
         }
         self.serve_waiting();
+        if *self.freshness.borrow() != was_stale {
+            self.publish().await;
+        }
     }
 
     fn look(&mut self, looked: Looked) {
@@ -456,6 +467,10 @@ impl Daemon {
     /// Has programs judge clients of published ports before their handshake, at the sockets that are open now.
     fn drop_early(&mut self) -> Vec<Warning> {
         let (host, mut listening) = (&self.view.discovered.host_links, self.proxy.listening());
+        // Who comes while rules are stale has them read anew, which takes the proxy.
+        if *self.freshness.borrow() {
+            listening.clear();
+        }
         // Whose packets come from a balancer only its header tells.
         listening.retain(|socket| !self.trusts_balancers || socket.published.transport == proxy::Transport::Udp);
         let (links, mut warnings) = self.early_drop.links(host, &listening);

@@ -97,7 +97,7 @@ impl Daemon {
         let unasked = unasked.map(|attachment| format!("instance {} was not read yet", attachment.instance));
         let unread = self.pollers.running.values().flat_map(Poller::unread_groups);
         let unread = unread.map(|group| format!("security group {group} was not read yet"));
-        let errors = self.apply_error.iter().chain(&self.view.error).cloned();
+        let errors = self.apply_error.iter().chain(&self.view.error).cloned().chain(self.repairs.error());
         unlooked.into_iter().chain(unattached).chain(unasked).chain(unread).chain(errors).collect()
     }
 
@@ -117,10 +117,11 @@ impl Daemon {
             published: self.published_counters(),
             connections: self.proxy.connections(),
             gateway: self.gateway.as_ref().map(crate::gateway::Gateway::status),
-            warnings: self.warnings(),
+            warnings: self.warnings().into_iter().chain(self.repairs.warnings()).collect(),
             problems: self.problems(),
             refused: self.refused,
             flows: self.flows,
+            repairs: self.repairs.counts(),
         };
         Status::new(&self.applier.snapshot(), self.applier.maps(), report)
     }

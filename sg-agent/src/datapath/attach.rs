@@ -1,5 +1,7 @@
 //! Programs onto links, and off them.
 
+use std::path::PathBuf;
+
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{LinkOrder, TcAttachType};
@@ -36,16 +38,19 @@ impl Point {
 pub struct Hook {
     /// The link's index.
     pub ifindex: u32,
-    /// Held so that what isn't pinned stays attached.
-    links: Vec<Attached>,
+    /// By direction. Held so that what isn't pinned stays attached.
+    pub(super) links: Vec<Attached>,
 }
 
 #[derive(Debug)]
-enum Attached {
-    /// Pinned: it stays when the agent goes.
-    Pinned(PinnedLink),
-    /// It goes with this value.
-    Held(#[expect(dead_code, reason = "dropping it detaches")] FdLink),
+pub(super) enum Attached {
+    /// A TCX link. Where it isn't pinned, it goes with this value.
+    Link {
+        /// The link.
+        link: FdLink,
+        /// Its pin.
+        pin: Option<PathBuf>,
+    },
     /// Kernels before 6.6. Pinned or held.
     Filter(Filter),
 }
@@ -64,7 +69,12 @@ impl Datapath {
         Ok(Hook { ifindex, links })
     }
 
-    fn attach_one(&mut self, ifindex: u32, name: &str, direction: Direction) -> Result<Attached, DatapathError> {
+    pub(super) fn attach_one(
+        &mut self,
+        ifindex: u32,
+        name: &str,
+        direction: Direction,
+    ) -> Result<Attached, DatapathError> {
         let point = Point::Instance(direction);
         let pin = self.pins.as_ref().map(|pins| pins.link(ifindex, point));
         let failed =
@@ -89,7 +99,7 @@ impl Datapath {
                     // The pin is still there; only the descriptor is ours to drop.
                     program.take_link(id).map_err(|error| failed(error.into()))?;
                     let link = PinnedLink::from_pin(pin).map_err(|error| failed(error.into()))?;
-                    return Ok(Attached::Pinned(link));
+                    return Ok(Attached::Link { link: link.into(), pin: Some(pin.clone()) });
                 }
                 // ENOLINK: the link's interface is gone, and its index was given to another. Should it be anything
                 // else, the program behind the pin goes on until this one is attached.
@@ -101,13 +111,14 @@ impl Datapath {
             .map_err(|error| failed(error.into()))?;
         let link = program.take_link(id).map_err(|error| failed(error.into()))?;
         let link: FdLink = link.try_into().map_err(|error: LinkError| failed(error.into()))?;
-        match &pin {
+        let link = match &pin {
             Some(pin) => {
                 remove(pin).map_err(|error| failed(error.into()))?;
-                link.pin(pin).map(Attached::Pinned).map_err(|error| failed(error.into()))
+                link.pin(pin).map_err(|error| failed(error.into()))?.into()
             }
-            None => Ok(Attached::Held(link)),
-        }
+            None => link,
+        };
+        Ok(Attached::Link { link, pin })
     }
 }
 
@@ -120,8 +131,8 @@ impl Hook {
         let mut result = Ok(());
         for link in self.links {
             let detached = match link {
-                Attached::Pinned(link) => link.unpin().map(drop),
-                Attached::Held(_) => Ok(()),
+                Attached::Link { pin: Some(pin), .. } => remove(&pin).map(drop),
+                Attached::Link { pin: None, .. } => Ok(()),
                 Attached::Filter(filter) => filter.detach(),
             };
             result = result.and(detached);

@@ -60,6 +60,27 @@ impl Filter {
         Ok(Self { ifindex, point, pin })
     }
 
+    /// Replaces the program by itself, or puts it back where it is gone. Whether it was.
+    pub fn renew(
+        &self,
+        program: &mut SchedClassifier,
+        name: &str,
+    ) -> Result<bool, Box<dyn std::error::Error + Send + Sync>> {
+        match program.attach_to_link(link(name, self.point)?) {
+            Ok(id) => {
+                // As in `attach`.
+                mem::forget(program.take_link(id)?);
+                Ok(false)
+            }
+            Err(error) if is_absent(&error) => {
+                let fresh = Self::attach(program, self.ifindex, name, self.point, self.pin.clone())?;
+                mem::forget(fresh);
+                Ok(true)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Takes it off, and its pin away.
     pub fn detach(mut self) -> io::Result<()> {
         match self.pin.take() {

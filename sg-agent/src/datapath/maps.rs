@@ -50,6 +50,7 @@ pub struct Maps {
     denied: PerCpuArray<MapData, u64>,
     /// Tracked flows.
     pub flows: HashMap<MapData, FlowKey, Flow>,
+    tracked: Array<MapData, i64>,
     established: PerCpuArray<MapData, Count>,
     reasons: PerCpuHashMap<MapData, ReasonKey, Count>,
 }
@@ -88,6 +89,7 @@ impl Maps {
             published: typed(ebpf, "PUBLISHED")?,
             denied: typed(ebpf, "DENIED")?,
             flows: typed(ebpf, "FLOWS")?,
+            tracked: typed(ebpf, "TRACKED")?,
             established: typed(ebpf, "ESTABLISHED")?,
             reasons: typed(ebpf, "REASONS")?,
         })
@@ -150,6 +152,14 @@ impl Maps {
         self.denied.set(number, PerCpuValues::try_from(zeros).map_err(MapError::IoError)?, 0)
     }
 
+    /// How many flows the table holds of an interface, those included that have expired since the last sweep.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn tracked(&self, eni: u32) -> Result<u32, MapError> {
+        Ok(u32::try_from(self.tracked.get(&eni, 0)?.max(0)).unwrap_or(u32::MAX))
+    }
+
     /// Removes every flow and count of an interface that is no more, before its number is given to another.
     ///
     /// # Errors
@@ -163,6 +173,7 @@ impl Maps {
         for key in keys {
             absent_is_fine(self.flows.remove(&key))?;
         }
+        self.tracked.set(eni, 0, 0)?;
         let keys: Vec<ReasonKey> = self
             .reasons
             .keys()

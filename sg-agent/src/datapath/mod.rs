@@ -7,18 +7,23 @@
 
 mod attach;
 mod btf;
+mod check;
 mod drops;
 mod filter;
 mod mapped;
 mod maps;
 mod pins;
 mod published;
+mod scan;
+mod sys;
 mod trial;
 
 pub use attach::Hook;
+pub use check::Fault;
 pub use maps::{Maps, absent_is_fine};
 pub use pins::{DetachReport, Pins};
 pub use published::{Watch, Way};
+pub use scan::Scan;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -73,6 +78,9 @@ pub enum DatapathError {
         /// Why.
         error: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// What is attached can't be looked at.
+    #[error("cannot ask the kernel what is attached: {0}")]
+    Check(std::io::Error),
     /// bpffs can't be used.
     #[error("cannot use {path} on bpffs: {error}; mount it with 'mount -t bpf bpf /sys/fs/bpf', or pass --bpffs", path = path.display())]
     Pins {
@@ -110,6 +118,8 @@ pub struct Earlier {
 #[derive(Debug)]
 pub struct Datapath {
     ebpf: Ebpf,
+    /// The programs' numbers in the kernel, by direction.
+    ids: [u32; 2],
     pins: Option<Pins>,
     /// What an earlier agent left.
     earlier: Option<Earlier>,
@@ -142,17 +152,22 @@ impl Datapath {
             }
         }
         let mut ebpf = loader.load(OBJECT)?;
+        let mut ids = [0; 2];
         for direction in [Direction::Ingress, Direction::Egress] {
             let name = program_name(direction);
             let program = classifier(&mut ebpf, direction)?;
+            let loaded = program.load().and_then(|()| program.info());
+            let info = loaded.map_err(|error| DatapathError::Program { program: name, error: Box::new(error) })?;
+            ids[direction as usize] = info.id();
+        }
+        for name in [SWEEP, CLOSED] {
+            let program: &mut SchedClassifier =
+                ebpf.program_mut(name).and_then(|program| program.try_into().ok()).ok_or(DatapathError::Map(name))?;
             program.load().map_err(|error| DatapathError::Program { program: name, error: Box::new(error) })?;
         }
-        let sweep: &mut SchedClassifier =
-            ebpf.program_mut(SWEEP).and_then(|program| program.try_into().ok()).ok_or(DatapathError::Map(SWEEP))?;
-        sweep.load().map_err(|error| DatapathError::Program { program: SWEEP, error: Box::new(error) })?;
         let mut maps = Maps::take(&mut ebpf)?;
         maps.set_config(&Config { layout: abi::LAYOUT, ..*config })?;
-        Ok((Self { ebpf, pins, earlier, _lock: lock }, maps))
+        Ok((Self { ebpf, ids, pins, earlier, _lock: lock }, maps))
     }
 
     /// The program for one direction, for running it on test packets.
@@ -210,6 +225,8 @@ impl Datapath {
 
 /// The program that takes expired flows out of the table.
 const SWEEP: &str = "sweep";
+/// The program that drops everything.
+const CLOSED: &str = "closed";
 
 /// The name in the object of the program for a direction.
 fn program_name(direction: Direction) -> &'static str {

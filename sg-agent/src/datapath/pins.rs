@@ -17,8 +17,13 @@ use super::attach::Point;
 use super::filter::{self, has_tcx};
 
 /// The maps that packets write: a new set of programs goes on with them.
-const SHARED: [(&str, &str); 4] =
-    [("FLOWS", "flows"), ("FRAGMENTS", "fragments"), ("ESTABLISHED", "established"), ("REASONS", "reasons")];
+const SHARED: [(&str, &str); 5] = [
+    ("FLOWS", "flows"),
+    ("TRACKED", "tracked"),
+    ("FRAGMENTS", "fragments"),
+    ("ESTABLISHED", "established"),
+    ("REASONS", "reasons"),
+];
 /// The maps from which the next agent learns the numbers that flows know interfaces and policies by.
 const NUMBERS: [&str; 2] = ["interfaces", "bindings"];
 

@@ -24,7 +24,7 @@ pub use answer::AnswerError;
 pub use corrections::ModifiedRule;
 pub use ec2::{Ec2, Launch, LaunchInterface};
 pub use file::RulesFile;
-pub use settings::Ec2Options;
+pub use settings::{Ec2Options, profile_files};
 
 use crate::model::{GroupId, InstanceId};
 

@@ -1,6 +1,7 @@
 //! Which endpoint, region and account: options first, then the environment and the profile, as the AWS tools take them.
 //! Credentials are the signer's.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use reqwest::Url;
@@ -109,6 +110,15 @@ impl Profile {
         let found = self.settings.iter().find(|(name, value)| name == key && !value.is_empty());
         found.map(|(_, value)| value.clone())
     }
+}
+
+/// The files in which the AWS tools look for profiles and credentials, whether they are there or not.
+pub fn profile_files() -> Vec<PathBuf> {
+    let env = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let home = |file: &str| env("HOME").map(|home| home.join(".aws").join(file));
+    let config = env("AWS_CONFIG_FILE").or_else(|| home("config"));
+    let credentials = env("AWS_SHARED_CREDENTIALS_FILE").or_else(|| home("credentials"));
+    config.into_iter().chain(credentials).collect()
 }
 
 fn section(text: &str, profile: &str) -> Vec<(String, String)> {

@@ -22,6 +22,8 @@ const INSTANCES: u32 = 1_000;
 const ENTRIES: u32 = 1_000;
 /// Distinct prefixes of one machine.
 const PREFIXES: u32 = 100_000;
+/// Links that are really there: each takes the kernel some milliseconds to make, and many more where it is emulated.
+const LINKS: u32 = 100;
 
 fn applier() -> Applier {
     let config = Config::default();
@@ -98,6 +100,7 @@ pub fn a_thousand_instances_and_a_hundred_thousand_prefixes_fit_and_more_are_ref
         assert_eq!(snapshot.usage.prefixes4, PREFIXES);
         assert_eq!(ask(&snapshot, 0, 22), Match::Narrow);
         assert_eq!(ask(&snapshot, ENTRIES, 22), Match::None);
+        look_often(&mut applier, "100,000 prefixes");
 
         // One more than the map holds, beside all that stands.
         let mut over = policies.clone();
@@ -120,6 +123,44 @@ pub fn a_thousand_instances_and_a_hundred_thousand_prefixes_fit_and_more_are_ref
         assert_eq!((after.generation, after.usage), (snapshot.generation, snapshot.usage), "nothing has changed");
         assert_eq!(ask(&after, 0, 22), Match::Narrow);
         assert_eq!(applier.maps().cidrs4.keys().count(), PREFIXES as usize, "nothing was left behind");
+    });
+}
+
+/// As the agent does twice a second: nothing is wrong, however large the maps. More looks than one reading of the
+/// largest map takes.
+fn look_often(applier: &mut Applier, what: &str) {
+    let started = std::time::Instant::now();
+    for _ in 0..10 {
+        let (repairs, errors) = applier.verify();
+        assert!(repairs.is_empty() && errors.is_empty(), "{repairs:?} {errors:?}");
+    }
+    println!("one look at {what}: {:?}", started.elapsed() / 10);
+}
+
+#[test]
+pub fn many_links_are_looked_after() {
+    isolated(|| {
+        let batch: String = (0..LINKS).map(|n| format!("link add v{n} type veth peer name p{n}\n")).collect();
+        let mut ip = std::process::Command::new("ip")
+            .args(["-batch", "-"])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .expect("iproute2's 'ip' in the PATH");
+        let mut input = ip.stdin.take().expect("a pipe");
+        std::io::Write::write_all(&mut input, batch.as_bytes()).expect("a reader");
+        drop(input);
+        assert!(ip.wait().expect("a child can be waited for").success());
+        let mut applier = applier();
+        let policies = BTreeMap::from([(key(0), groups(vec![rule(22, 0, 1)]))]);
+        let interfaces = (0..LINKS).map(|n| {
+            let link = format!("v{n}");
+            let ifindex = nix::net::if_::if_nametoindex(link.as_str()).expect("a link that was just made");
+            (ifindex, Interface { link, ..interface(n, key(0)) })
+        });
+        let state = Desired { interfaces: interfaces.collect(), policies, ..Desired::default() };
+        let snapshot = applier.apply(&state, true).expect("they fit");
+        assert!(snapshot.interfaces.values().all(|enforced| enforced.attached), "{:?}", snapshot.warnings);
+        look_often(&mut applier, "100 links");
     });
 }
 

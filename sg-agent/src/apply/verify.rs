@@ -1,0 +1,341 @@
+//! Whether the kernel still has what was put there: programs on links, entries of rule maps. What somebody else took
+//! away or wrote is put right, and told. Nothing here decides what should be there.
+//!
+//! Programs, pins, settings, bindings, interfaces and headers are looked at whole each time; the other maps in parts of
+//! [`PART`] entries, so that a look is bounded. It finds what fewer entries hide at once, more of them in rotation.
+
+use std::collections::HashMap;
+
+use aya::maps::IterableMap as _;
+use aya::maps::lpm_trie::Key;
+use sg_common::abi::{
+    self, Binding, Cidr4Key, Cidr6Key, ExemptKey, Interface, Member, MemberKey, OwnKey, Policy, PortKey, ReferenceKey,
+};
+
+use super::interfaces::own_key;
+use super::policies::{self, Usage, Written};
+use super::{Applier, ApplyError, exempt_key, members};
+use crate::compile::Table;
+use crate::datapath::{DatapathError, Fault, Scan, absent_is_fine};
+
+/// Entries of one map that are looked at in one go, which takes a few milliseconds.
+const PART: usize = 16_384;
+
+/// Something that was not as it was left, and is again.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Repair {
+    /// Its kind, as it is counted.
+    pub kind: &'static str,
+    /// The link or map.
+    pub subject: String,
+    /// What was wrong.
+    pub problem: &'static str,
+}
+
+/// How far the maps have been looked at.
+#[derive(Debug, Default)]
+pub(super) struct Audit {
+    /// Of which commit. After another one the reading begins again.
+    generation: u64,
+    members: HashMap<MemberKey, Member>,
+    own: HashMap<OwnKey, u32>,
+    exempt: HashMap<ExemptKey, u32>,
+    scans: Scans,
+}
+
+#[derive(Debug, Default)]
+struct Scans {
+    interfaces: Scan,
+    policies: Scan,
+    cidrs4: Scan,
+    cidrs6: Scan,
+    ports: Scan,
+    references: Scan,
+    members: Scan,
+    own: Scan,
+    exempt: Scan,
+}
+
+impl Applier {
+    /// Looks, and puts right what isn't as it was left.
+    ///
+    /// # Errors
+    /// What could not be looked at or put right; all else was.
+    pub fn verify(&mut self) -> (Vec<Repair>, Vec<ApplyError>) {
+        let (mut repairs, mut errors) = (Vec::new(), Vec::new());
+        self.verify_links(&mut repairs, &mut errors);
+        if let Err(error) = self.verify_words(&mut repairs).and_then(|()| self.verify_maps(&mut repairs)) {
+            errors.push(error);
+        }
+        (repairs, errors)
+    }
+
+    fn verify_links(&mut self, repairs: &mut Vec<Repair>, errors: &mut Vec<ApplyError>) {
+        let mut hooks = std::mem::take(&mut self.hooks);
+        for (ifindex, hook) in &mut hooks {
+            let Some(enforced) = self.snapshot.interfaces.get(ifindex) else { continue };
+            let name = &enforced.interface.link;
+            let mut note = |kind, problem| repairs.push(Repair { kind, subject: name.clone(), problem });
+            let result = loop {
+                match self.datapath.check(hook) {
+                    Ok(None) => break Ok(()),
+                    Ok(Some((direction, fault))) => {
+                        let (kind, problem) = describe(fault);
+                        if let Err(error) = self.datapath.repair(hook, name, direction, fault) {
+                            break Err(error);
+                        }
+                        note(kind, problem);
+                    }
+                    Err(error) => break Err(error),
+                }
+            };
+            let renewed = result.and_then(|()| self.datapath.renew_filters(hook, name));
+            match renewed {
+                Ok(true) => {
+                    let (kind, problem) = describe(Fault::Detached);
+                    note(kind, problem);
+                }
+                Ok(false) => {}
+                Err(error) => errors.push(error.into()),
+            }
+        }
+        self.hooks = hooks;
+    }
+
+    /// Settings, bindings and cells: what costs no system call, or one.
+    fn verify_words(&mut self, repairs: &mut Vec<Repair>) -> Result<(), ApplyError> {
+        if self.maps.config()? != self.config {
+            self.maps.set_config(&self.config)?;
+            repairs.push(altered("CONFIG"));
+        }
+        let mut found = false;
+        for slot in 0..abi::MAX_BINDINGS {
+            let Binding { policy, epoch } = self.tables.bindings.get(&slot).copied().unwrap_or_default();
+            let word = u64::from(policy) | u64::from(epoch) << 32;
+            if self.maps.bindings.load(slot) != word {
+                self.maps.bindings.store(slot, word);
+                found = true;
+            }
+        }
+        if found {
+            repairs.push(altered("BINDINGS"));
+        }
+        let matrices = self.bound.values().map(|bound| bound.written.restore_cells(&self.maps));
+        if matrices.fold(false, |found, altered| found | altered) {
+            repairs.push(altered("MATRIX"));
+        }
+        Ok(())
+    }
+
+    fn verify_maps(&mut self, repairs: &mut Vec<Repair>) -> Result<(), ApplyError> {
+        if !self.retired.is_empty() {
+            // They are about to go.
+            return Ok(());
+        }
+        let mut audit = std::mem::take(&mut self.audit);
+        if audit.generation != self.snapshot.generation {
+            audit = self.expectations();
+        }
+        let result = self.verify_entries(&mut audit, repairs);
+        self.audit = audit;
+        result
+    }
+
+    fn expectations(&self) -> Audit {
+        Audit {
+            generation: self.snapshot.generation,
+            members: self.tables.members.iter().map(|(place, member)| (members::key(place), *member)).collect(),
+            own: self.secondaries.iter().map(|own| (own_key(own), 1)).collect(),
+            exempt: self.tables.exempt.iter().map(|place| (exempt_key(place), 1)).collect(),
+            scans: Scans::default(),
+        }
+    }
+
+    fn verify_entries(&mut self, audit: &mut Audit, repairs: &mut Vec<Repair>) -> Result<(), ApplyError> {
+        let Audit { members, own, exempt, scans, .. } = audit;
+
+        /// Reads a part of a map: entries that nobody wrote go, and those that are missing or different are written.
+        macro_rules! verify {
+            ($map:ident, $name:literal, $scan:ident, $key:ty, $value:ty, $expected:expr, $count:expr, $restore:expr) => {{
+                let failed = |error| DatapathError::Write { map: $name, error };
+                let (entries, all) =
+                    scans.$scan.read::<$key, $value>(self.maps.$map.map().fd(), PART).map_err(DatapathError::Check)?;
+                let expected = $expected;
+                let mut is_altered = false;
+                let mut strange = Vec::new();
+                for (key, value) in &entries {
+                    match expected(key) {
+                        Some(right) if right == *value => {}
+                        Some(_) => is_altered = true,
+                        None => strange.push(*key),
+                    }
+                }
+                is_altered |= !strange.is_empty() || all.is_some_and(|all| all < $count);
+                if is_altered {
+                    for key in &strange {
+                        absent_is_fine(self.maps.$map.remove(key)).map_err(failed)?;
+                    }
+                    let restore: fn(&mut Self) -> Result<(), ApplyError> = $restore;
+                    restore(self)?;
+                    scans.$scan = Scan::default();
+                    repairs.push(altered($name));
+                }
+            }};
+        }
+
+        verify!(
+            interfaces,
+            "INTERFACES",
+            interfaces,
+            u32,
+            Interface,
+            |ifindex: &u32| self.entries.get(ifindex).copied(),
+            self.entries.len(),
+            |applier| {
+                for (ifindex, entry) in &applier.entries {
+                    let failed = |error| DatapathError::Write { map: "INTERFACES", error };
+                    applier.maps.interfaces.insert(ifindex, entry, 0).map_err(failed)?;
+                }
+                Ok(())
+            }
+        );
+        let usage = self.tables.policies.values().fold(Usage::default(), |sum, policy| sum.plus(&Usage::of(policy)));
+        verify!(
+            cidrs4,
+            "CIDRS4",
+            cidrs4,
+            Key<Cidr4Key>,
+            u32,
+            |key: &Key<Cidr4Key>| policies::network4(key)
+                .and_then(|(id, network)| self.row(id, |table| table.networks.get(&network).copied())),
+            usage.prefixes4 as usize,
+            Self::restore_policies
+        );
+        verify!(
+            cidrs6,
+            "CIDRS6",
+            cidrs6,
+            Key<Cidr6Key>,
+            u32,
+            |key: &Key<Cidr6Key>| policies::network6(key)
+                .and_then(|(id, network)| self.row(id, |table| table.networks.get(&network).copied())),
+            usage.prefixes6 as usize,
+            Self::restore_policies
+        );
+        verify!(
+            ports,
+            "PORTS",
+            ports,
+            Key<PortKey>,
+            u32,
+            |key: &Key<PortKey>| policies::port_prefix(key)
+                .and_then(|(id, prefix)| self.row(id, |table| table.ports.get(&prefix).copied())),
+            usage.ports as usize,
+            Self::restore_policies
+        );
+        verify!(
+            references,
+            "REFERENCES",
+            references,
+            ReferenceKey,
+            u32,
+            |key: &ReferenceKey| self.row(key.table, |table| table.references.get(&key.group).copied()),
+            usage.references as usize,
+            Self::restore_policies
+        );
+        verify!(
+            members,
+            "MEMBERS",
+            members,
+            MemberKey,
+            Member,
+            |key: &MemberKey| members.get(key).copied(),
+            members.len(),
+            Self::restore_members
+        );
+        verify!(
+            secondaries,
+            "SECONDARIES",
+            own,
+            OwnKey,
+            u32,
+            |key: &OwnKey| own.get(key).copied(),
+            own.len(),
+            |applier| {
+                let secondaries = std::mem::take(&mut applier.secondaries);
+                applier.add_secondaries(&secondaries)
+            }
+        );
+        verify!(
+            exempt,
+            "EXEMPT",
+            exempt,
+            ExemptKey,
+            u32,
+            |key: &ExemptKey| exempt.get(key).copied(),
+            exempt.len(),
+            |applier| {
+                for place in &applier.tables.exempt {
+                    let failed = |error| DatapathError::Write { map: "EXEMPT", error };
+                    applier.maps.exempt.insert(exempt_key(place), 1, 0).map_err(failed)?;
+                }
+                Ok(())
+            }
+        );
+        self.verify_headers(&mut scans.policies, repairs)
+    }
+
+    /// The policies' headers: an array, in which nothing is missing or too much.
+    fn verify_headers(&mut self, scan: &mut Scan, repairs: &mut Vec<Repair>) -> Result<(), ApplyError> {
+        // One more than there are: the kernel says that it is at the end when it finds no next one.
+        let most = 2 * abi::MAX_POLICIES as usize + 1;
+        let (entries, _) =
+            scan.read::<u32, Policy>(self.maps.policies.map().fd(), most).map_err(DatapathError::Check)?;
+        let bound: HashMap<u32, &Written> =
+            self.bound.values().map(|bound| (bound.written.number, &bound.written)).collect();
+        let right = |id: u32| bound.get(&(id >> 1)).map_or(Policy::default(), |written| written.header(id & 1));
+        let wrong: Vec<(u32, Policy)> =
+            entries.iter().filter(|&&(id, header)| right(id) != header).map(|&(id, _)| (id, right(id))).collect();
+        for &(id, header) in &wrong {
+            let failed = |error| DatapathError::Write { map: "POLICIES", error };
+            self.maps.policies.set(id, header, 0).map_err(failed)?;
+        }
+        if !wrong.is_empty() {
+            repairs.push(altered("POLICIES"));
+        }
+        Ok(())
+    }
+
+    /// What a table in force holds.
+    fn row(&self, id: u32, find: impl FnOnce(&Table) -> Option<u32>) -> Option<u32> {
+        find(self.tables.policies.get(&(id >> 1))?.table(policies::direction(id)))
+    }
+
+    fn restore_policies(&mut self) -> Result<(), ApplyError> {
+        for bound in self.bound.values() {
+            bound.written.restore(&mut self.maps)?;
+        }
+        Ok(())
+    }
+
+    fn restore_members(&mut self) -> Result<(), ApplyError> {
+        for (place, member) in &self.tables.members {
+            let failed = |error| DatapathError::Write { map: "MEMBERS", error };
+            self.maps.members.insert(members::key(place), member, 0).map_err(failed)?;
+        }
+        // Flows were judged by the wrong ones meanwhile.
+        self.announce()
+    }
+}
+
+fn altered(map: &str) -> Repair {
+    Repair { kind: "map_altered", subject: format!("map {map}"), problem: "was written to by somebody else" }
+}
+
+fn describe(fault: Fault) -> (&'static str, &'static str) {
+    match fault {
+        Fault::Detached => ("program_detached", "its program had been taken off"),
+        Fault::Preceded => ("program_preceded", "another program decided before this agent's"),
+        Fault::Unpinned => ("program_unpinned", "its program would have gone with the agent: the pin was removed"),
+    }
+}
