@@ -51,6 +51,8 @@ pub struct Ec2 {
     rule_ids: RuleIds,
     corrections: Corrections,
     lacks_ids: AtomicBool,
+    /// Whether the endpoint has rules with ids at all, as far as it was asked.
+    lists_rules: AtomicBool,
     vpcs: Mutex<BTreeMap<String, wire::Vpc>>,
     ground: Mutex<Option<Ground>>,
 }
@@ -86,6 +88,7 @@ impl Ec2 {
             rule_ids: RuleIds::default(),
             corrections: Corrections::default(),
             lacks_ids: AtomicBool::new(false),
+            lists_rules: AtomicBool::new(true),
             vpcs: Mutex::default(),
             ground: Mutex::default(),
         })
@@ -283,7 +286,7 @@ impl Ec2 {
         let to_read = self.rule_ids.to_read(&groups, now);
         // A modification that isn't shown is known by the rule's id.
         if extent < Extent::Everything && self.corrections.is_empty() {
-            self.lacks_ids.store(!to_read.is_empty(), Ordering::Relaxed);
+            self.lacks_ids.store(!to_read.is_empty() && self.lists_rules.load(Ordering::Relaxed), Ordering::Relaxed);
             let of = |group| self.rule_ids.kept(group).unwrap_or_else(|| convert::from_permissions(group));
             let rules = groups.iter().flat_map(of).collect();
             return Ok((groups, Some(rules)));
@@ -294,7 +297,11 @@ impl Ec2 {
             self.filtered::<DescribeSecurityGroupRules>("group-id", &to_read).await
         };
         match rules {
-            Err(error) if is_unsupported(&error) => Ok((groups, None)),
+            Err(error) if is_unsupported(&error) => {
+                self.lists_rules.store(false, Ordering::Relaxed);
+                self.lacks_ids.store(false, Ordering::Relaxed);
+                Ok((groups, None))
+            }
             rules => {
                 let mut rules = self.rule_ids.update(&groups, &to_read, rules?, now);
                 self.corrections.apply(&mut rules);
