@@ -365,6 +365,7 @@ fn an_instance_that_ends_by_itself_is_told_and_started_again() {
     let group = stage.group(&subnet);
     let short = stage.run(&[("SubnetId", &subnet), ("SecurityGroupId.1", &group)]);
     stage.agent.start();
+    stage.agent.logged(&["is up"]);
     let told = |stage: &Stage| stage.agent.status()["warnings"].to_string().contains("ended by itself");
     wait_for("the status tells it", || told(&stage).then_some(()));
     let first = short.started();
