@@ -115,8 +115,9 @@ pub const SHOT: i32 = 2;
 fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<i32> {
     // SAFETY: `attributes` begins as the kernel's union does for this command, of the size that is passed; every
     // pointer in it is to memory that its caller holds until the call returns.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes).cast::<c_void>(), size_of::<T>()) };
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes).cast::<c_void>(), size_of::<T>())
+    };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
 }
 

@@ -7,8 +7,8 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use crate::bpf::{
-    self, ARRAY, HASH, Insn, LOOKUP, PROGRAMS, Size, TAIL_CALL, add, and, call, exit, jump_if_greater, jump_if_zero, load,
-    map, map_value, mov, mov_value, store,
+    self, ARRAY, HASH, Insn, LOOKUP, PROGRAMS, Size, TAIL_CALL, add, and, call, exit, jump_if_greater, jump_if_zero,
+    load, map, map_value, mov, mov_value, store,
 };
 
 /// The most ends that one gun can have, as a power of two: as many as there can be flows.
@@ -157,7 +157,8 @@ impl Lookup {
     /// # Errors
     /// The kernel's.
     pub fn new(is_source: bool, ends: &[End]) -> io::Result<Self> {
-        let table = bpf::create_map(HASH, KEY as u32, size_of::<sg_common::abi::Flow>() as u32, sg_common::abi::MAX_FLOWS)?;
+        let table =
+            bpf::create_map(HASH, KEY as u32, size_of::<sg_common::abi::Flow>() as u32, sg_common::abi::MAX_FLOWS)?;
         for end in ends {
             let mut key = [0; KEY];
             key[..END].copy_from_slice(&encode(end));

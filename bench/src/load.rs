@@ -13,7 +13,7 @@ use nix::time::{ClockId, clock_gettime};
 use tests::e2e::Namespace;
 
 /// Whatever takes longer has failed.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Bytes that are written at once in bulk.
 const CHUNK: usize = 256 * 1024;
 

@@ -23,7 +23,8 @@ pub fn run(recorder: &Recorder) -> Result<()> {
         let host = Namespace::new("host");
         host.run(|| world::attach(instances))?;
         let agent = agent(&host, instances);
-        let (resident, maps, programs) = (resident(agent.pid())?, locked(agent.pid(), "map_id")?, locked(agent.pid(), "prog_id")?);
+        let (resident, maps, programs) =
+            (resident(agent.pid())?, locked(agent.pid(), "map_id")?, locked(agent.pid(), "prog_id")?);
         let at = ("instances", instances as f64);
         recorder.point("memory", "agent, resident", "MB", at, &[resident]);
         recorder.point("memory", "maps, locked", "MB", at, &[maps]);
@@ -75,7 +76,8 @@ fn locked(pid: u32, id: &str) -> Result<f64> {
         // A descriptor may be closed meanwhile.
         let Ok(text) = fs::read_to_string(entry?.path()) else { continue };
         let field = |name: &str| {
-            text.lines().find_map(|line| Some(line.split_once(':').filter(|(its, _)| *its == name)?.1.trim().to_owned()))
+            text.lines()
+                .find_map(|line| Some(line.split_once(':').filter(|(its, _)| *its == name)?.1.trim().to_owned()))
         };
         if let (Some(id), Some(memory)) = (field(id), field("memlock")) {
             bytes.insert(id, memory.parse()?);

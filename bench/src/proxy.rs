@@ -83,7 +83,11 @@ fn round_of(stand: &Stand, kind: Kind, time: Duration, is_quick: bool) -> Result
         let rate = bulk(stand, sink, streams, time)?;
         figures.push((format!("bulk, {streams} streams"), "Gbit/s", rate * 8.0 / 1e9));
         if let (4, Some(before), Some(after)) = (streams, before, stand.processor_time(kind)) {
-            figures.push(("processor time a gigabyte".into(), "s", (after - before) / (rate * time.as_secs_f64() / 1e9)));
+            figures.push((
+                "processor time a gigabyte".into(),
+                "s",
+                (after - before) / (rate * time.as_secs_f64() / 1e9),
+            ));
         }
     }
     Ok(figures)

@@ -188,9 +188,8 @@ pub fn ours(world: &World, rules: usize, more: &[&str]) -> Agent {
 const ESTABLISHED: &str = "ct state established,related accept";
 
 fn nft(rules: usize) -> String {
-    let mut text = format!(
-        "table ip f {{\n chain c {{\n type filter hook forward priority 0; policy drop;\n {ESTABLISHED}\n"
-    );
+    let mut text =
+        format!("table ip f {{\n chain c {{\n type filter hook forward priority 0; policy drop;\n {ESTABLISHED}\n");
     for rule in 0..rules - 1 {
         let _ = writeln!(text, " ip saddr 10.0.1.0/24 tcp dport {} accept", usize::from(FIRST) + rule);
     }
@@ -199,7 +198,8 @@ fn nft(rules: usize) -> String {
 }
 
 fn nft_set(elements: usize) -> String {
-    let mut text = String::from("table ip f {\n set s {\n type ipv4_addr . inet_service\n flags interval\n elements = {");
+    let mut text =
+        String::from("table ip f {\n set s {\n type ipv4_addr . inet_service\n flags interval\n elements = {");
     for element in 0..elements - 1 {
         let _ = write!(text, " 10.0.1.0/24 . {},", usize::from(FIRST) + element);
     }
@@ -210,10 +210,14 @@ fn nft_set(elements: usize) -> String {
 }
 
 fn iptables(rules: usize) -> String {
-    let mut text = String::from("*filter\n:FORWARD DROP [0:0]\n-A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT\n");
+    let mut text =
+        String::from("*filter\n:FORWARD DROP [0:0]\n-A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT\n");
     for rule in 0..rules - 1 {
         let _ = writeln!(text, "-A FORWARD -s 10.0.1.0/24 -p tcp --dport {} -j ACCEPT", usize::from(FIRST) + rule);
     }
-    let _ = writeln!(text, "-A FORWARD -s 10.0.1.0/24 -p tcp --dport {PORT} -j ACCEPT\n-A FORWARD -p udp --dport {PORT} -j ACCEPT\nCOMMIT");
+    let _ = writeln!(
+        text,
+        "-A FORWARD -s 10.0.1.0/24 -p tcp --dport {PORT} -j ACCEPT\n-A FORWARD -p udp --dport {PORT} -j ACCEPT\nCOMMIT"
+    );
     text
 }

@@ -26,8 +26,8 @@ use tests::lab::scope;
 /// The first port that rules are about.
 pub const FIRST_PORT: u16 = 1_000;
 
-/// The group of the instance that packets are sent to.
-pub const SUBJECT: &str = "sg-subject";
+/// The group of [`spread_rules`].
+const SUBJECT: &str = "sg-subject";
 
 /// How long the agent itself took for a change.
 #[derive(Clone, Copy, Debug, Default)]
@@ -151,7 +151,7 @@ pub fn host_of(network: &IpNet, number: u64) -> IpAddr {
     }
 }
 
-/// Rules for the group of the packets' instance: rule `i` is about port `1000 + i`, and its peers are every
+/// Gives the first instance a group of its own, whose rule `i` is about port `1000 + i`, and its peers are every
 /// `rules`th of the networks, in a prefix list of its own where they are several.
 pub fn spread_rules(inventory: &mut Inventory, rules: usize, networks: &[IpNet]) {
     inventory.prefix_lists.clear();
@@ -176,6 +176,9 @@ pub fn spread_rules(inventory: &mut Inventory, rules: usize, networks: &[IpNet])
     }
     let mut subject = group(SUBJECT);
     subject.ingress = ingress;
+    if let Some(eni) = inventory.enis.get_mut(&EniId::from("eni-0")) {
+        eni.groups = BTreeSet::from([subject.id.clone()]);
+    }
     inventory.groups.insert(subject.id.clone(), subject);
 }
 
@@ -197,10 +200,9 @@ pub fn group(id: &str) -> SecurityGroup {
     }
 }
 
-/// So many instances, in turn in so many groups of so many rules each; the first is in [`SUBJECT`] alone.
+/// So many instances, in turn in so many groups of so many rules each.
 pub fn fleet(instances: usize, groups: usize, rules: usize) -> Inventory {
     let mut inventory = Inventory::default();
-    inventory.groups.insert(GroupId::from(SUBJECT), group(SUBJECT));
     for number in 0..groups {
         let mut group = group(&format!("sg-{number}"));
         group.ingress = (0..rules)
@@ -220,7 +222,7 @@ pub fn fleet(instances: usize, groups: usize, rules: usize) -> Inventory {
         inventory.groups.insert(group.id.clone(), group);
     }
     for number in 0..instances {
-        let group = if number == 0 || groups == 0 { SUBJECT.to_owned() } else { format!("sg-{}", number % groups) };
+        let group = format!("sg-{}", number % groups);
         let eni = Eni {
             id: EniId::from(format!("eni-{number}").as_str()),
             instance: Some(instance_id(number)),

@@ -236,9 +236,21 @@ impl Resolver {
         let mut placements = place(world, default, attachments, &mut desired.warnings);
         keep_uncontested(world, &mut placements, &mut desired.warnings);
         let given = given(&placements);
+        // Interfaces by the hundred share a VPC and a gateway: what those serve is listed once.
+        let (mut networks, mut gateways) = (BTreeMap::new(), BTreeSet::new());
         for placement in &placements {
             let interface = self.interface(world, placement, &given, &mut desired);
+            let vpcs = world.get(&placement.scope).map(|inventory| &inventory.vpcs);
+            networks.entry(interface.vpc).or_insert_with(|| vpcs?.get(placement.eni?.vpc.as_ref()?));
+            gateways.extend(placement.attachment.gateways.iter().map(|&address| (interface.vpc, address)));
             desired.interfaces.insert(placement.attachment.link.ifindex, interface);
+        }
+        for (vpc, network) in networks {
+            desired.exempt.extend(self.settings.exempt.iter().map(|service| (vpc, service.clone())));
+            desired.exempt.extend(network.into_iter().flat_map(Service::of_vpc).map(|service| (vpc, service)));
+        }
+        for (vpc, address) in gateways {
+            desired.exempt.extend(Service::of_gateway(address).map(|service| (vpc, service)));
         }
         self.members(world, &placements, &given, &mut desired);
         desired
@@ -272,10 +284,6 @@ impl Resolver {
                 ),
             });
         }
-        desired.exempt.extend(self.settings.exempt.iter().map(|service| (vpc, service.clone())));
-        let network = placement.eni.and_then(|eni| inventory?.vpcs.get(eni.vpc.as_ref()?));
-        desired.exempt.extend(network.into_iter().flat_map(Service::of_vpc).map(|service| (vpc, service)));
-        desired.exempt.extend(attachment.gateways.iter().flat_map(|&ip| Service::of_gateway(ip)).map(|s| (vpc, s)));
         Interface {
             link: attachment.link.name.clone(),
             instance: attachment.instance.clone(),
@@ -599,10 +607,28 @@ fn given(placements: &[Placement]) -> Given {
         .collect()
 }
 
+/// To which interfaces the control planes assign each private address.
+type Assigned<'a> = HashMap<(&'a Scope, Option<&'a VpcId>, IpAddr), Vec<&'a EniId>>;
+
+fn assigned(world: &World) -> Assigned<'_> {
+    let mut assigned = Assigned::new();
+    for (scope, inventory) in world {
+        for eni in inventory.enis.values() {
+            for address in eni.private_addresses() {
+                assigned.entry((scope, eni.vpc.as_ref(), address)).or_default().push(&eni.id);
+            }
+        }
+    }
+    assigned
+}
+
 /// Leaves out real addresses that are somebody else's, where they were read from the guest, which can give itself any:
 /// the control plane's assignment goes first, the router's address is nobody's, and one that two interfaces of a VPC
 /// have is neither's.
 fn keep_uncontested(world: &World, placements: &mut [Placement], warnings: &mut BTreeSet<Warning>) {
+    if placements.iter().all(Placement::is_given) {
+        return;
+    }
     let mut claims: HashMap<(Scope, Option<VpcId>, IpAddr), usize> = HashMap::new();
     for placement in placements.iter() {
         let (scope, vpc) = placement.network();
@@ -614,6 +640,7 @@ fn keep_uncontested(world: &World, placements: &mut [Placement], warnings: &mut 
     placements.iter().for_each(|placement| *macs.entry(placement.mac).or_default() += 1);
     let gateways: BTreeSet<IpAddr> =
         placements.iter().flat_map(|placement| placement.attachment.gateways.iter().copied()).collect();
+    let assigned = assigned(world);
     for placement in placements.iter_mut().filter(|placement| !placement.is_given()) {
         if placement.mac != OUT_OF_SIGHT && macs[&placement.mac] > 1 {
             placement.mac = OUT_OF_SIGHT;
@@ -624,17 +651,17 @@ fn keep_uncontested(world: &World, placements: &mut [Placement], warnings: &mut 
         }
         let (scope, vpc) = placement.network();
         let (scope, vpc) = (scope.clone(), vpc.cloned());
-        let others = world.get(&scope).into_iter().flat_map(|inventory| inventory.enis.values());
-        let others: BTreeSet<IpAddr> = others
-            .filter(|eni| eni.vpc == vpc && placement.eni.is_none_or(|own| own.id != eni.id))
-            .flat_map(Eni::private_addresses)
-            .collect();
+        let own = placement.eni.map(|eni| &eni.id);
+        let is_others = |address: &IpAddr| {
+            let holders = assigned.get(&(&scope, vpc.as_ref(), *address));
+            holders.is_some_and(|holders| holders.iter().any(|&holder| Some(holder) != own))
+        };
         let addresses = std::mem::take(&mut placement.addresses);
         placement.addresses = addresses
             .into_iter()
             .filter(|address| {
                 let is_shared = claims.get(&(scope.clone(), vpc.clone(), *address)).is_some_and(|&claims| claims > 1);
-                let is_foreign = others.contains(address) || gateways.contains(address) || is_shared;
+                let is_foreign = is_others(address) || gateways.contains(address) || is_shared;
                 if is_foreign && !placement.is_assigned(address) {
                     warnings.insert(Warning {
                         subject: placement.attachment.instance.to_string(),

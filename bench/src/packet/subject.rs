@@ -83,7 +83,11 @@ fn join(inventory: &mut Inventory, number: usize, kind: Kind) {
                     let list = PrefixListId::from(format!("pl-{number}-{rule}-{is_v4}").as_str());
                     let entries = PrefixList { id: list.clone(), version: 1, entries: own };
                     inventory.prefix_lists.insert(list.clone(), entries);
-                    group.ingress.push(world::rule(rule, Traffic::Tcp { from: port, to: port }, Peer::PrefixList(list)));
+                    group.ingress.push(world::rule(
+                        rule,
+                        Traffic::Tcp { from: port, to: port },
+                        Peer::PrefixList(list),
+                    ));
                 }
             }
         }
@@ -139,9 +143,8 @@ fn member_addresses(member: usize) -> Vec<IpAddr> {
 fn subject(agent: &Agent, kind: Kind) -> Result<Subject> {
     let number = ALL.iter().position(|its| *its == kind).context("a subject of this kind")?;
     let snapshot = agent.applier.snapshot();
-    let of_it = |(_, enforced): &(&u32, &sg_agent::apply::Enforced)| {
-        enforced.interface.instance == world::instance_id(number)
-    };
+    let of_it =
+        |(_, enforced): &(&u32, &sg_agent::apply::Enforced)| enforced.interface.instance == world::instance_id(number);
     let (&ifindex, enforced) = snapshot.interfaces.iter().find(of_it).context("the subject's interface")?;
     Ok(Subject { kind, number, ifindex, eni: enforced.entry.eni })
 }
@@ -222,9 +225,8 @@ pub(super) fn shots(agent: &Agent, is_v4: bool, is_quick: bool, shots: &mut Vec<
     let typical = subject(agent, Kind::Spread(60, 1_000))?;
     for flows in if is_quick { vec![1, 1 << 16] } else { vec![1, 1 << 10, 1 << 14, 1 << 17] } {
         let ends = typical.spread(is_v4, flows, SEED);
-        let known = |figure| {
-            shot(&typical, figure, is_v4, Ok(Pass::Established)).table(Table::Known).at("flows", flows as f64)
-        };
+        let known =
+            |figure| shot(&typical, figure, is_v4, Ok(Pass::Established)).table(Table::Known).at("flows", flows as f64);
         shots.push(known(FORWARD).with(tcp_frames, &ends, &[])?);
         shots.push(known(REPLY).reply().with(tcp_frames, &ends, &[])?);
     }

@@ -107,8 +107,7 @@ impl Stand {
             Server::start(&container.namespace, (address, PORTS[0]).into(), Service::Echo)?,
             Server::start(&container.namespace, (address, PORTS[1]).into(), Service::Sink)?,
         ];
-        let mut stand =
-            Self { processes: Vec::new(), asker: None, _moto: None, agent: agent(&world), servers, world };
+        let mut stand = Self { processes: Vec::new(), asker: None, _moto: None, agent: agent(&world), servers, world };
         for kind in [Kind::DockerProxy, Kind::HaProxy, Kind::Nginx] {
             recorder.check()?;
             if let Err(error) = stand.start(kind, address) {
@@ -164,7 +163,9 @@ impl Stand {
         let pids: Vec<u32> = match kind {
             Kind::Direct | Kind::AsksMoto => return None,
             Kind::Ours => vec![self.agent.pid()],
-            kind => self.processes.iter().filter(|(its, _)| *its == kind).flat_map(|(_, one)| family(one.0.id())).collect(),
+            kind => {
+                self.processes.iter().filter(|(its, _)| *its == kind).flat_map(|(_, one)| family(one.0.id())).collect()
+            }
         };
         Some(pids.into_iter().map(ticks).sum())
     }
@@ -251,7 +252,10 @@ impl Stand {
     fn peer(&self, name: &str) -> Result<Command> {
         let places = [peers().join("usr/sbin"), "/usr/sbin".into(), "/usr/bin".into(), "/usr/libexec/docker".into()];
         let found = places.iter().map(|place| place.join(name)).find(|path| path.is_file());
-        let mut command = self.world.host.command(found.with_context(|| format!("{name} isn't there"))?);
+        // docker-proxy says on descriptor 3 that it listens, and closes that then, whatever it is.
+        let mut command = self.world.host.command("sh");
+        command.args(["-c", "exec \"$0\" \"$@\" 3>/dev/null"]);
+        command.arg(found.with_context(|| format!("{name} isn't there"))?);
         command.env("LD_LIBRARY_PATH", peers().join("usr/lib").join(format!("{}-linux-gnu", std::env::consts::ARCH)));
         Ok(command)
     }

@@ -77,7 +77,11 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     for section in sections {
         for turn in 0..turns {
             for (number, build) in builds.iter().enumerate() {
-                let of = if builds.len() > 1 { format!(" of {}, turn {} of {turns}", build.name, turn + 1) } else { String::new() };
+                let of = if builds.len() > 1 {
+                    format!(" of {}, turn {} of {turns}", build.name, turn + 1)
+                } else {
+                    String::new()
+                };
                 ui::step(&format!("measuring {}{of}", section.name()));
                 let lines = build.measure(*section, options.quick, &environment);
                 report.add(number, lines.with_context(|| format!("section {}", section.name()))?);

@@ -37,7 +37,10 @@ pub fn ensure() -> Result<PathBuf> {
         deps::apt_update()?;
     }
     packages.retain(|package| apt_has(package));
-    ui::step(&format!("fetching {} into target/bench/peers: sg-agent's proxy is measured beside them", packages.join(" ")));
+    ui::step(&format!(
+        "fetching {} into target/bench/peers: sg-agent's proxy is measured beside them",
+        packages.join(" ")
+    ));
     let download = tempfile::tempdir_in(&directory)?;
     let mut fetch = Command::new("apt-get");
     fetch.args(["-q", "-o", "APT::Sandbox::User=root", "download"]).args(&packages).current_dir(download.path());

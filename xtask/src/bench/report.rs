@@ -200,7 +200,8 @@ impl Report {
             let sign = if target.at_most { "at most" } else { "at least" };
             let met = if target.is_met() { "met" } else { "**not met**" };
             let spread = Spread::of(&target.values).text();
-            let _ = writeln!(text, "| {} | {} | {spread} | {sign} {} | {met} |", target.section, target.what, target.bound);
+            let _ =
+                writeln!(text, "| {} | {} | {spread} | {sign} {} | {met} |", target.section, target.what, target.bound);
         }
         if self.builds.len() > 1 {
             let _ = write!(text, "\n## {} beside {}\n\n{}", self.builds[0], self.builds[1], self.comparison());
@@ -220,15 +221,24 @@ impl Report {
                 text += "| figure | of | at | |\n|---|---|---|---|\n";
             }
             let spread = Spread::of(&sample.values).text();
-            let _ =
-                writeln!(text, "| {} | {} | {} | {spread} {} |", sample.figure, sample.variant, place(sample), sample.unit);
+            let _ = writeln!(
+                text,
+                "| {} | {} | {} | {spread} {} |",
+                sample.figure,
+                sample.variant,
+                place(sample),
+                sample.unit
+            );
         }
         text + "\n## How cost grows\n\n![Curves of every figure over rules, prefixes, instances and flows](plots.svg)\n"
     }
 
     /// The first build's figures by the second's.
     fn comparison(&self) -> String {
-        let mut text = format!("| section | figure | of | at | {} / {} |\n|---|---|---|---|---|\n", self.builds[0], self.builds[1]);
+        let mut text = format!(
+            "| section | figure | of | at | {} / {} |\n|---|---|---|---|---|\n",
+            self.builds[0], self.builds[1]
+        );
         for sample in self.samples() {
             let other = self.lines[1].iter().find_map(|line| match line {
                 Line::Sample(other) if is_same(&Line::Sample(sample.clone()), line) => Some(other),

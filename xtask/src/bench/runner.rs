@@ -57,7 +57,10 @@ impl Build {
         let target = tree.join("target");
         // The eBPF object, as that revision builds it.
         let mut build = workspace::cargo();
-        build.current_dir(&tree).env("CARGO_TARGET_DIR", &target).args(["run", "--quiet", "-p", "xtask", "--", "build"]);
+        build
+            .current_dir(&tree)
+            .env("CARGO_TARGET_DIR", &target)
+            .args(["run", "--quiet", "-p", "xtask", "--", "build"]);
         cmd::run(build.stdout(Stdio::null()))?;
         Self::compile(revision, &tree, &target)
     }
