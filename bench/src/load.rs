@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use ::tests::e2e::Namespace;
 use anyhow::{Context as _, Result, anyhow, ensure};
 use nix::time::{ClockId, clock_gettime};
-use tests::e2e::Namespace;
 
 /// Whatever takes longer has failed.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Bytes that are written at once in bulk.
 const CHUNK: usize = 256 * 1024;
 

@@ -65,13 +65,13 @@ fn main() -> ExitCode {
 fn run(options: &Options, recorder: &Recorder) -> Result<()> {
     for section in &options.sections {
         match section {
-            Section::Packet => isolated(|| packet::run(&recorder.section("packet")))?,
-            Section::Change => isolated(|| change::run(&recorder.section("change")))?,
-            Section::Bulk => isolated(|| traffic::bulk(&recorder.section("bulk")))?,
-            Section::Connections => isolated(|| traffic::connections(&recorder.section("connections")))?,
-            Section::Small => isolated(|| traffic::small(&recorder.section("small")))?,
-            Section::Memory => isolated(|| memory::run(&recorder.section("memory")))?,
-            Section::Proxy => isolated(|| proxy::run(&recorder.section("proxy")))?,
+            Section::Packet => packet::run(&recorder.section("packet"))?,
+            Section::Change => change::run(&recorder.section("change"))?,
+            Section::Bulk => traffic::bulk(&recorder.section("bulk"))?,
+            Section::Connections => traffic::connections(&recorder.section("connections"))?,
+            Section::Small => traffic::small(&recorder.section("small"))?,
+            Section::Memory => memory::run(&recorder.section("memory"))?,
+            Section::Proxy => proxy::run(&recorder.section("proxy"))?,
         }
         recorder.check()?;
     }

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use ::tests::e2e::{Agent, Namespace, Rules};
 use anyhow::{Context as _, Result};
-use tests::e2e::{Agent, Namespace, Rules};
 
 use crate::record::{Bound, Recorder};
 use crate::world;

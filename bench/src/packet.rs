@@ -11,6 +11,7 @@ use sg_common::verdict::{Drop, Pass};
 
 use crate::bpf;
 use crate::gun::{End, Gun, Lookup};
+use crate::isolated;
 use crate::record::{Bound, Recorder, median, ratios};
 use crate::world::Agent;
 use subject::{Subject, agent};
@@ -62,20 +63,27 @@ struct Shot {
 /// # Errors
 /// The kernel's; packets that met another fate than the one that is measured.
 pub fn run(recorder: &Recorder) -> Result<()> {
-    let mut agent = agent(subject::ALL.len())?;
-    let mut shots = Vec::new();
-    for is_v4 in [true, false] {
-        subject::shots(&agent, is_v4, recorder.quick, &mut shots)?;
+    isolated(|| {
+        let mut agent = agent(subject::ALL.len())?;
+        let mut shots = Vec::new();
+        for is_v4 in [true, false] {
+            subject::shots(&agent, is_v4, recorder.quick, &mut shots)?;
+        }
+        measure(recorder, &mut agent, &mut shots)?;
+        targets(recorder, &shots);
+        Ok(())
+    })?;
+    for instances in [subject::ALL.len(), 1_000] {
+        isolated(|| {
+            let mut agent = agent(instances)?;
+            let mut shots = Vec::new();
+            for is_v4 in [true, false] {
+                subject::few(&agent, is_v4, ("instances", instances as f64), &mut shots)?;
+            }
+            measure(recorder, &mut agent, &mut shots)
+        })?;
     }
-    measure(recorder, &mut agent, &mut shots)?;
-    targets(recorder, &shots);
-    drop((shots, agent));
-    let mut agent = self::agent(1_000)?;
-    let mut shots = Vec::new();
-    for is_v4 in [true, false] {
-        subject::few(&agent, is_v4, ("instances", 1_000.0), &mut shots)?;
-    }
-    measure(recorder, &mut agent, &mut shots)
+    Ok(())
 }
 
 fn measure(recorder: &Recorder, agent: &mut Agent, shots: &mut [Shot]) -> Result<()> {

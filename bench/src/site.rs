@@ -7,9 +7,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::process::Stdio;
 
+use ::tests::e2e::{Agent, Namespace, Rules, World};
 use anyhow::{Context as _, Result, ensure};
 use nix::net::if_::if_nametoindex;
-use tests::e2e::{Agent, Namespace, Rules, World};
 
 use crate::bpf::{self, Hook};
 

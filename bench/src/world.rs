@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use ::tests::lab::scope;
 use anyhow::{Context as _, Result, ensure};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use nix::net::if_::if_nametoindex;
@@ -21,13 +22,12 @@ use sg_agent::model::{
 use sg_agent::resolve::{Resolver, Settings, World};
 use sg_common::abi::{Config, RELATED_ERRORS};
 use sg_common::conntrack::State;
-use tests::lab::scope;
 
 /// The first port that rules are about.
 pub const FIRST_PORT: u16 = 1_000;
 
-/// The group of the instance that packets are sent to.
-pub const SUBJECT: &str = "sg-subject";
+/// The group of [`spread_rules`].
+const SUBJECT: &str = "sg-subject";
 
 /// How long the agent itself took for a change.
 #[derive(Clone, Copy, Debug, Default)]
@@ -151,7 +151,7 @@ pub fn host_of(network: &IpNet, number: u64) -> IpAddr {
     }
 }
 
-/// Rules for the group of the packets' instance: rule `i` is about port `1000 + i`, and its peers are every
+/// Gives the first instance a group of its own, whose rule `i` is about port `1000 + i`, and its peers are every
 /// `rules`th of the networks, in a prefix list of its own where they are several.
 pub fn spread_rules(inventory: &mut Inventory, rules: usize, networks: &[IpNet]) {
     inventory.prefix_lists.clear();
@@ -176,6 +176,9 @@ pub fn spread_rules(inventory: &mut Inventory, rules: usize, networks: &[IpNet])
     }
     let mut subject = group(SUBJECT);
     subject.ingress = ingress;
+    if let Some(eni) = inventory.enis.get_mut(&EniId::from("eni-0")) {
+        eni.groups = BTreeSet::from([subject.id.clone()]);
+    }
     inventory.groups.insert(subject.id.clone(), subject);
 }
 
@@ -197,10 +200,9 @@ pub fn group(id: &str) -> SecurityGroup {
     }
 }
 
-/// So many instances, in turn in so many groups of so many rules each; the first is in [`SUBJECT`] alone.
+/// So many instances, in turn in so many groups of so many rules each.
 pub fn fleet(instances: usize, groups: usize, rules: usize) -> Inventory {
     let mut inventory = Inventory::default();
-    inventory.groups.insert(GroupId::from(SUBJECT), group(SUBJECT));
     for number in 0..groups {
         let mut group = group(&format!("sg-{number}"));
         group.ingress = (0..rules)
@@ -220,7 +222,7 @@ pub fn fleet(instances: usize, groups: usize, rules: usize) -> Inventory {
         inventory.groups.insert(group.id.clone(), group);
     }
     for number in 0..instances {
-        let group = if number == 0 || groups == 0 { SUBJECT.to_owned() } else { format!("sg-{}", number % groups) };
+        let group = format!("sg-{}", number % groups);
         let eni = Eni {
             id: EniId::from(format!("eni-{number}").as_str()),
             instance: Some(instance_id(number)),
@@ -327,7 +329,7 @@ impl Random {
 
     /// The next number below a limit.
     pub fn below(&mut self, limit: u64) -> u64 {
-        (u128::from(self.next()) * u128::from(limit) >> 64) as u64
+        ((u128::from(self.next()) * u128::from(limit)) >> 64) as u64
     }
 }
 

@@ -9,7 +9,7 @@ mod rules;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -101,9 +101,21 @@ impl Resolver {
         self.holders.note(&placements);
         let given = place::given(&placements);
         let delegated = place::delegated(world, &placements, &mut desired.warnings);
+        // Interfaces by the hundred share a VPC and a gateway: what those serve is listed once.
+        let (mut networks, mut gateways) = (BTreeMap::new(), BTreeSet::new());
         for placement in &placements {
             let interface = self.interface(world, &peerings, placement, &given, &delegated, &mut desired);
+            let vpcs = world.get(&placement.scope).map(|inventory| &inventory.vpcs);
+            networks.entry(interface.vpc).or_insert_with(|| vpcs?.get(placement.eni?.vpc.as_ref()?));
+            gateways.extend(placement.attachment.gateways.iter().map(|&address| (interface.vpc, address)));
             desired.interfaces.insert(placement.attachment.link.ifindex, interface);
+        }
+        for (vpc, network) in networks {
+            desired.exempt.extend(self.settings.exempt.iter().map(|service| (vpc, service.clone())));
+            desired.exempt.extend(network.into_iter().flat_map(Service::of_vpc).map(|service| (vpc, service)));
+        }
+        for (vpc, address) in gateways {
+            desired.exempt.extend(Service::of_gateway(address).map(|service| (vpc, service)));
         }
         self.members(world, &peerings, &placements, &given, &delegated, &mut desired);
         desired
@@ -138,10 +150,6 @@ impl Resolver {
         let mut addresses = placement.addresses.clone();
         addresses.extend(known.filter(|address| !placement.addresses.contains(address)));
         let prefixes = placement.eni.and_then(|eni| delegated.get(&(&placement.scope, &eni.id)));
-        desired.exempt.extend(self.settings.exempt.iter().map(|service| (vpc, service.clone())));
-        let network = placement.eni.and_then(|eni| inventory?.vpcs.get(eni.vpc.as_ref()?));
-        desired.exempt.extend(network.into_iter().flat_map(Service::of_vpc).map(|service| (vpc, service)));
-        desired.exempt.extend(attachment.gateways.iter().flat_map(|&ip| Service::of_gateway(ip)).map(|s| (vpc, s)));
         Interface {
             link: attachment.link.name.clone(),
             instance: attachment.instance.clone(),

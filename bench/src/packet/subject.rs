@@ -2,12 +2,12 @@
 
 use std::net::IpAddr;
 
+use ::tests::cast::{Host, ROUTER, X};
+use ::tests::packets::{tcp, udp};
 use anyhow::{Context as _, Result};
 use ipnet::IpNet;
 use sg_agent::model::{Eni, EniId, GroupId, Inventory, Peer, PrefixList, PrefixListId, Traffic, VpcId};
 use sg_common::verdict::{Drop, Pass};
-use tests::cast::{Host, ROUTER, X};
-use tests::packets::{tcp, udp};
 
 use super::{
     BURST, DENIED, DENIED_PORT, FORWARD, Frames, NEW_FIRST, NEW_FULL, NEW_GROUP, NEW_LAST, NEW_SPREAD, NEW_UDP, REPLY,

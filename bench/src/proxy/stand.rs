@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use ::tests::e2e::{Agent, Namespace, Rules, World};
 use anyhow::{Context as _, Result, bail};
-use tests::e2e::{Agent, Namespace, Rules, World};
 
 use crate::load::{Server, Service};
 use crate::record::Recorder;
@@ -252,7 +252,10 @@ impl Stand {
     fn peer(&self, name: &str) -> Result<Command> {
         let places = [peers().join("usr/sbin"), "/usr/sbin".into(), "/usr/bin".into(), "/usr/libexec/docker".into()];
         let found = places.iter().map(|place| place.join(name)).find(|path| path.is_file());
-        let mut command = self.world.host.command(found.with_context(|| format!("{name} isn't there"))?);
+        // docker-proxy says on descriptor 3 that it listens, and closes that then, whatever it is.
+        let mut command = self.world.host.command("sh");
+        command.args(["-c", "exec \"$0\" \"$@\" 3>/dev/null"]);
+        command.arg(found.with_context(|| format!("{name} isn't there"))?);
         command.env("LD_LIBRARY_PATH", peers().join("usr/lib").join(format!("{}-linux-gnu", std::env::consts::ARCH)));
         Ok(command)
     }
