@@ -118,6 +118,8 @@ impl Job {
 /// How a set ended.
 enum Outcome {
     Passed,
+    /// What could be looked at passed; the rest, which no machine of ours can help, wasn't looked at.
+    Partly(String),
     Failed(String),
     Skipped(String),
 }
@@ -254,9 +256,8 @@ impl Runner {
             cmd::run(&mut audit::command(&deny, manifest, &["licenses", "bans", "sources"]))?;
         }
         if let Err(error) = audit::fetch(&deny) {
-            return Ok(Outcome::Skipped(format!(
-                "licences, bans and sources are in order; the advisories were NOT looked at, as their database can't be fetched: {error:#}"
-            )));
+            ui::warn(&format!("the database of advisories can't be fetched: {error:#}"));
+            return Ok(Outcome::Partly("licences, bans and sources; the advisories were NOT looked at".to_owned()));
         }
         for manifest in audit::MANIFESTS {
             cmd::run(&mut audit::command(&deny, manifest, &["advisories"]))?;
@@ -490,6 +491,7 @@ fn report(rows: &[Row]) -> ExitCode {
     for row in rows {
         let (word, reason) = match &row.outcome {
             Outcome::Passed => (style("passed").green(), ""),
+            Outcome::Partly(reason) => (style("partly").yellow(), reason.as_str()),
             Outcome::Failed(reason) => (style("failed").red(), reason.as_str()),
             Outcome::Skipped(reason) => (style("skipped").yellow(), reason.as_str()),
         };
@@ -516,7 +518,7 @@ fn total(row: &Row) -> Counts {
     match row.outcome {
         Outcome::Failed(_) => counts.failed = counts.failed.max(1),
         Outcome::Skipped(_) => counts.skipped = counts.skipped.max(1),
-        Outcome::Passed => {}
+        Outcome::Passed | Outcome::Partly(_) => {}
     }
     counts
 }

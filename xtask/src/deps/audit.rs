@@ -29,8 +29,9 @@ pub fn ensure() -> Result<PathBuf> {
 /// A check of one workspace, by what is on this machine.
 pub fn command(deny: &Path, manifest: &str, what: &[&str]) -> Command {
     let mut command = Command::new(deny);
-    command.arg("--manifest-path").arg(workspace::root().join(manifest)).args(["--offline", "check"]);
-    command.arg("--config").arg(workspace::root().join("deny.toml")).args(["--hide-inclusion-graph"]).args(what);
+    command.arg("--manifest-path").arg(workspace::root().join(manifest)).arg("--offline");
+    command.arg("--config").arg(workspace::root().join("deny.toml"));
+    command.args(["check", "--hide-inclusion-graph"]).args(what);
     command.current_dir(workspace::root());
     command
 }

@@ -134,7 +134,7 @@ async fn another_accounts_references_are_read_here_and_there() {
                        <userId>000000000002</userId></item></groups></item>";
     let fake = Fake::start(move |request, _| {
         let action = request.form["Action"].as_str();
-        let first = request.form.get("Filter.1.Value.1").map(String::as_str);
+        let first = request.form.get("GroupId.1").or(request.form.get("Filter.1.Value.1")).map(String::as_str);
         let items = match (action, first) {
             ("DescribeInstances", Some("i-1")) => {
                 format!("<reservationSet><item><instancesSet>{instances}</instancesSet></item></reservationSet>")
@@ -166,7 +166,8 @@ async fn another_accounts_references_are_read_here_and_there() {
     let about_it = |action: &str| {
         let requests = fake.requests().split_off(asked);
         let is_it = |form: &BTreeMap<String, String>| {
-            form["Action"] == action && form.get("Filter.1.Value.1").is_some_and(|value| value == "sg-7")
+            let asked_for = form.get("GroupId.1").or(form.get("Filter.1.Value.1"));
+            form["Action"] == action && asked_for.is_some_and(|value| value == "sg-7")
         };
         requests.iter().any(|request| is_it(&request.form))
     };
