@@ -121,7 +121,7 @@ pub struct RunArgs {
     pub proxy_protocol: Option<ProxyProtocol>,
 
     /// Seconds that a connection to a published port waits for rules that may be out of date to be read anew
-    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds, help_heading = "Instances")]
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds, help_heading = "Published ports")]
     pub fresh_timeout: Duration,
 
     /// Make a container of every instance that the endpoint has: for emulators that only keep book, as Moto

@@ -2,8 +2,9 @@
 
 use std::net::IpAddr;
 
-use sg_common::abi::{Direction, FlowKey};
+use sg_common::abi::{Direction, Flow, FlowKey};
 use sg_common::addr::Address;
+use sg_common::conntrack::State;
 use sg_common::packet::{self, ETHERNET, ICMP, ICMPV6, TCP, UDP};
 
 use crate::apply::{Applier, Enforced};
@@ -12,13 +13,15 @@ use crate::explain::{Explanation, Query};
 
 /// `TC_ACT_SHOT` (include/uapi/linux/pkt_cls.h).
 const SHOT: u32 = 2;
+/// `BPF_EXIST` (include/uapi/linux/bpf.h): an entry is replaced, none is made.
+const EXISTING: u64 = 2;
 /// Ports of no particular meaning; a flow that is there already is passed over.
 const SOURCE_PORTS: std::ops::RangeInclusive<u16> = 61_000..=61_063;
 /// Somebody else's MAC address, locally administered.
 const PEER_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0xfe];
 
 /// Asks the kernel about every gate of an explanation, and notes what it says. Each costs one counted packet; the flow
-/// that it makes is removed again.
+/// that it makes is over at once.
 ///
 /// # Errors
 /// The kernel doesn't run the packet.
@@ -40,8 +43,9 @@ pub fn verify(applier: &mut Applier, query: &Query, explanation: &mut Explanatio
             }
             let passes = datapath.run(direction, ifindex, 0, &frame)? != SHOT;
             if let Some(key) = key {
-                // It may have made none.
-                let _ = maps.flows.remove(&key);
+                // Not removed: the programs count entries, and so does the sweep that takes this one out.
+                let over = Flow { state: State::Reset as u8, ..Flow::default() };
+                let _ = maps.flows.insert(key, over, EXISTING);
             }
             gate.kernel = Some(passes);
             break;

@@ -139,7 +139,8 @@ pub struct Applier {
     secondaries: BTreeSet<(u32, IpAddr)>,
     retired: Vec<Written>,
     published: Published,
-    audit: verify::Audit,
+    /// What the maps are held against; none since they last changed.
+    audit: Option<verify::Audit>,
     epoch: u32,
     snapshot: Arc<Snapshot>,
     /// What was last brought about; none while a change is under way, or after one that failed.
@@ -176,7 +177,7 @@ impl Applier {
             secondaries: BTreeSet::new(),
             retired: Vec::new(),
             published: Published::default(),
-            audit: verify::Audit::default(),
+            audit: None,
             epoch,
             snapshot: Arc::default(),
             last: None,
@@ -248,7 +249,10 @@ impl Applier {
         if complete && !self.started {
             self.unhook_earlier(desired, &mut warnings);
             self.depart_earlier();
-            self.datapath.keep_numbers(&self.maps)?;
+            if let Err(error) = self.datapath.keep_numbers(&self.maps) {
+                let problem = format!("the next agent will not know the flows of this one: {error}");
+                warnings.insert(Warning { subject: "bpffs".to_owned(), problem });
+            }
             self.started = true;
         }
         self.last = Some(desired.clone());
@@ -265,6 +269,7 @@ impl Applier {
 
     /// Puts staged policies in force, with all that belongs to them.
     fn replace(&mut self, desired: &Desired, members: &Members, staged: Staged) -> Result<(), ApplyError> {
+        self.audit = None;
         // Who leaves a group is out before rules change, who joins is in after: in between, nobody is allowed what
         // neither the old state nor the new one allows.
         let referenced = (self.referenced(), self.referenced_by(desired, &staged));

@@ -32,11 +32,9 @@ pub struct Repair {
     pub problem: &'static str,
 }
 
-/// How far the maps have been looked at.
+/// How far the maps have been looked at since they last changed.
 #[derive(Debug, Default)]
 pub(super) struct Audit {
-    /// Of which commit. After another one the reading begins again.
-    generation: u64,
     members: HashMap<MemberKey, Member>,
     own: HashMap<OwnKey, u32>,
     exempt: HashMap<ExemptKey, u32>,
@@ -55,6 +53,9 @@ struct Scans {
     own: Scan,
     exempt: Scan,
 }
+
+/// Things that one look puts right on a link.
+const FAULTS: usize = 4;
 
 impl Applier {
     /// Looks, and puts right what isn't as it was left.
@@ -76,19 +77,25 @@ impl Applier {
             let Some(enforced) = self.snapshot.interfaces.get(ifindex) else { continue };
             let name = &enforced.interface.link;
             let mut note = |kind, problem| repairs.push(Repair { kind, subject: name.clone(), problem });
-            let result = loop {
+            let mut result = Ok(());
+            // Somebody else may insist as well: what is still wrong after this is for the next look.
+            for _ in 0..FAULTS {
                 match self.datapath.check(hook) {
-                    Ok(None) => break Ok(()),
+                    Ok(None) => break,
                     Ok(Some((direction, fault))) => {
                         let (kind, problem) = describe(fault);
-                        if let Err(error) = self.datapath.repair(hook, name, direction, fault) {
-                            break Err(error);
+                        result = self.datapath.repair(hook, name, direction, fault);
+                        if result.is_err() {
+                            break;
                         }
                         note(kind, problem);
                     }
-                    Err(error) => break Err(error),
+                    Err(error) => {
+                        result = Err(error);
+                        break;
+                    }
                 }
-            };
+            }
             let renewed = result.and_then(|()| self.datapath.renew_filters(hook, name));
             match renewed {
                 Ok(true) => {
@@ -132,18 +139,14 @@ impl Applier {
             // They are about to go.
             return Ok(());
         }
-        let mut audit = std::mem::take(&mut self.audit);
-        if audit.generation != self.snapshot.generation {
-            audit = self.expectations();
-        }
+        let mut audit = self.audit.take().unwrap_or_else(|| self.expectations());
         let result = self.verify_entries(&mut audit, repairs);
-        self.audit = audit;
+        self.audit = Some(audit);
         result
     }
 
     fn expectations(&self) -> Audit {
         Audit {
-            generation: self.snapshot.generation,
             members: self.tables.members.iter().map(|(place, member)| (members::key(place), *member)).collect(),
             own: self.secondaries.iter().map(|own| (own_key(own), 1)).collect(),
             exempt: self.tables.exempt.iter().map(|place| (exempt_key(place), 1)).collect(),

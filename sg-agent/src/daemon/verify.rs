@@ -55,7 +55,8 @@ impl Daemon {
         for repair in &repairs {
             self.repairs.note(repair);
         }
-        let error = errors.first().map(ToString::to_string);
+        let all: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        let error = (!all.is_empty()).then(|| all.join("; "));
         if let Some(error) = error.as_ref().filter(|error| self.repairs.error.as_ref() != Some(error)) {
             tracing::error!("{error}");
         }

@@ -4,6 +4,7 @@
 use std::fs;
 use std::io;
 
+use aya::programs::links::LinkError;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier};
 use nix::errno::Errno;
@@ -101,10 +102,18 @@ impl Datapath {
         }
         // The pinned link is severed, so this makes a new one.
         let attached = self.attach_one(on.ifindex, name, direction);
-        // Where that failed, the one that lets nothing through goes as well; the next check finds ours missing.
-        drop(block);
-        on.links[direction as usize] = attached?;
-        Ok(())
+        match attached {
+            Ok(attached) => {
+                on.links[direction as usize] = attached;
+                Ok(())
+            }
+            // The one that lets nothing through stays until the next check finds ours missing.
+            Err(error) => {
+                let link = block.try_into().map_err(|error: LinkError| failed(error.into()))?;
+                on.links[direction as usize] = Attached::Link { link, pin: None };
+                Err(error)
+            }
+        }
     }
 
     /// Before 6.6 there is no cheap way to ask for one filter: the filters of a link are replaced by themselves, which

@@ -50,7 +50,10 @@ fn the_kernel_says_what_the_model_says() {
             assert_eq!(kernel(&explanation), [Some(allowed)], "{query:?}");
             assert!(!explanation.kernel_disagrees, "{query:?}");
         }
+        let eni = lab.applier().snapshot().interfaces[&lab.ifindex(B)].entry.eni;
+        lab.applier().sweep().unwrap();
         assert_eq!(lab.applier().maps().flows.keys().count(), 0, "no flow is left of it");
+        assert_eq!(lab.applier().maps().tracked(eni).unwrap(), 0, "nor its place in the allowance");
     });
 }
 
