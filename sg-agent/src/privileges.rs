@@ -83,6 +83,8 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
     libc::SYS_personality,
+    libc::SYS_setfsuid,
+    libc::SYS_setfsgid,
     libc::SYS_setuid,
     libc::SYS_setgid,
     libc::SYS_setreuid,

@@ -250,17 +250,15 @@ impl Picture {
     }
 }
 
-/// The links that lead out of a namespace, in the order of their names: `eth2` before `eth10`.
+/// The links that lead out of a namespace, in the order in which their other ends were made. Not by their names: the
+/// guest can change those, and with them which of its interfaces is which.
 ///
 /// Hardware does, and whatever has its peer or parent in another namespace. Loopback, bridges, tunnels and the like
 /// made inside do not: what they carry leaves by one of the others.
 fn exits(inside: &Snapshot) -> Vec<&LinkRow> {
     let leads_out = |link: &&LinkRow| !link.loopback && (link.kind.is_none() || link.peer_netns.is_some());
     let mut exits: Vec<_> = inside.links.values().filter(leads_out).collect();
-    exits.sort_by_key(|link| {
-        let stem = link.name.trim_end_matches(|c: char| c.is_ascii_digit());
-        (stem.to_owned(), link.name[stem.len()..].parse::<u64>().unwrap_or_default(), link.index)
-    });
+    exits.sort_by_key(|link| (link.peer.unwrap_or(u32::MAX), link.index));
     exits
 }
 
@@ -333,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn ways_out_are_in_the_order_of_their_names() {
+    fn ways_out_are_in_an_order_that_the_guest_cannot_change() {
         let inside = snapshot([
             LinkRow { loopback: true, ..row(1, "lo", None, None, None) },
             row(2, "eth10", Some("veth"), Some(20), Some(0)),
@@ -346,7 +344,7 @@ mod tests {
             row(9, "wlan0", None, None, None),
         ]);
         let names: Vec<_> = exits(&inside).iter().map(|link| link.name.as_str()).collect();
-        assert_eq!(names, ["eth0", "eth2", "eth10", "wlan0"]);
+        assert_eq!(names, ["eth0", "eth10", "eth2", "wlan0"]);
     }
 
     #[test]

@@ -5,15 +5,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use http_body_util::{BodyExt as _, Empty, Full, Limited};
 use hyper::body::{Body as _, Bytes, Incoming};
+use quick_xml::events::Event;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::classify::{self, Effect};
 use super::upstream::{Body, Failure, Upstream, innermost};
-use super::{Commit, Counts, Extent, Whom, headers, modified, rebooted};
+use super::{Commit, Counts, Extent, Whom, headers, modified, page, rebooted};
 use crate::model::InstanceId;
 use crate::source::ModifiedRule;
 
@@ -75,8 +77,13 @@ impl Forwarder {
                 Err(failure) => self.unanswered(&failure),
             },
             Effect::Change(whom, extent) => {
+                if let Some(page) = page::foreign(&head) {
+                    tracing::warn!(page = %page.escape_default(), "a web page may not change anything: refused");
+                    let line = "sg-agent's gateway: web pages of other sites may not change anything".to_owned();
+                    return told(StatusCode::FORBIDDEN, line);
+                }
                 add(&self.counts.changes);
-                let asked = Asked::of(form.bytes().unwrap_or_default());
+                let asked = Asked::of(&head, form.bytes().unwrap_or_default());
                 let request = Request::from_parts(head, form.into_body());
                 // A task of its own: what the endpoint did is committed, whether or not the client still waits.
                 let gone = CancellationToken::new();
@@ -107,11 +114,13 @@ impl Forwarder {
             answered = self.whole_answer(request) => answered,
             () = forgotten => Err(told(StatusCode::GATEWAY_TIMEOUT, "nobody waits for it any more".to_owned())),
         };
-        let done =
-            if matches!(&answered, Ok(answer) if answer.status().is_success()) { asked } else { Asked::default() };
+        let done = match &answered {
+            Ok((answer, bytes)) if answer.status().is_success() => asked.done_by(bytes),
+            _ => Asked::default(),
+        };
         // Whatever the status: an error can have changed something, and so can an answer that never came.
         let committed = self.commit(whom, extent, done).await;
-        let mut answer = answered.unwrap_or_else(|failed| failed);
+        let mut answer = answered.map_or_else(|failed| failed, |(answer, _)| answer);
         match committed {
             Ok(()) => add(&self.counts.committed),
             Err(problem) => {
@@ -128,7 +137,7 @@ impl Forwarder {
     }
 
     /// The endpoint's answer to its last byte: only then has it done all that it does.
-    async fn whole_answer(&self, request: Request<Body>) -> Result<Response<Body>, Response<Body>> {
+    async fn whole_answer(&self, request: Request<Body>) -> Result<(Response<Body>, Bytes), Response<Body>> {
         let answer = self.upstream.send(request).await.map_err(|failure| self.unanswered(&failure))?;
         let (head, body) = answer.into_parts();
         // What a HEAD's answer says of its length is about another one.
@@ -139,13 +148,13 @@ impl Forwarder {
         let bytes = held.to_bytes();
         let body = match trailers {
             _ if is_bare => Empty::new().map_err(|never| match never {}).boxed(),
-            None => whole(bytes),
-            Some(trailers) => Full::new(bytes)
+            None => whole(bytes.clone()),
+            Some(trailers) => Full::new(bytes.clone())
                 .with_trailers(std::future::ready(Some(Ok(trailers))))
                 .map_err(|never| match never {})
                 .boxed(),
         };
-        Ok(passed(Response::from_parts(head, body)))
+        Ok((passed(Response::from_parts(head, body)), bytes))
     }
 
     /// Has the change read and enforced.
@@ -187,8 +196,35 @@ struct Asked {
 }
 
 impl Asked {
-    fn of(form: &[u8]) -> Self {
+    /// What a form asks for, where nothing else in the request can mean something else to the endpoint.
+    fn of(head: &Parts, form: &[u8]) -> Self {
+        let is_plain = head.uri.query().is_none_or(str::is_empty) && !head.headers.contains_key("x-amz-target");
+        if !is_plain || form_urlencoded::parse(form).filter(|(name, _)| name == "Action").count() != 1 {
+            return Self::default();
+        }
         Self { modified: modified::rules(form), rebooted: rebooted::instances(form) }
+    }
+
+    /// What of it was done: only the endpoint's own answer tells which action it took the request for.
+    fn done_by(self, answer: &[u8]) -> Self {
+        let root = root(answer);
+        let is = |action: &str| root.as_deref() == Some(action);
+        Self {
+            modified: if is("ModifySecurityGroupRulesResponse") { self.modified } else { Vec::new() },
+            rebooted: if is("RebootInstancesResponse") { self.rebooted } else { Vec::new() },
+        }
+    }
+}
+
+/// The name of an XML document's outermost element.
+fn root(answer: &[u8]) -> Option<String> {
+    let mut reader = quick_xml::Reader::from_reader(answer);
+    loop {
+        match reader.read_event().ok()? {
+            Event::Start(element) => return Some(element.local_name().as_ref().to_owned()),
+            Event::Eof => return None,
+            _ => {}
+        }
     }
 }
 
@@ -252,4 +288,29 @@ fn field(text: &str) -> HeaderValue {
 
 fn add(counter: &AtomicU64) {
     counter.fetch_add(1, Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(uri: &str, form: &str) -> Asked {
+        let head = http::Request::builder().uri(uri).body(()).unwrap().into_parts().0;
+        Asked::of(&head, form.as_bytes())
+    }
+
+    #[test]
+    fn only_what_the_endpoint_says_it_did_was_done() {
+        let form = "Action=ModifySecurityGroupRules&GroupId=sg-1&SecurityGroupRule.1.SecurityGroupRuleId=sgr-1\
+                    &SecurityGroupRule.1.SecurityGroupRule.CidrIpv4=0.0.0.0/0";
+        let done = |root: &str| {
+            let answer = format!("<?xml version=\"1.0\"?><{root} xmlns=\"urn:x\"><return>true</return></{root}>");
+            asked("/", form).done_by(answer.as_bytes()).modified.len()
+        };
+        assert_eq!(done("ModifySecurityGroupRulesResponse"), 1);
+        assert_eq!(done("ListAllMyBucketsResult"), 0, "the endpoint took it for another call");
+        assert_eq!(asked("/", form).done_by(b"true").modified.len(), 0);
+        assert_eq!(asked("/?Action=DescribeRegions", form).modified.len(), 0);
+        assert_eq!(asked("/", &format!("{form}&Action=DescribeRegions")).modified.len(), 0);
+    }
 }

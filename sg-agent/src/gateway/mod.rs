@@ -6,6 +6,7 @@ mod classify;
 mod forward;
 mod headers;
 mod modified;
+mod page;
 mod rebooted;
 mod upstream;
 

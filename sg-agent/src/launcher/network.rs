@@ -30,6 +30,18 @@ pub(super) struct Net {
     subnet: Ipv4Net,
 }
 
+/// Networks that a VPC may have on this host: whoever can call CreateVpc would lead the host's own connections to any
+/// other into a container (RFC 1918, 6598, 5737).
+const PRIVATE: [Ipv4Net; 7] = [
+    Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 0, 0), 8),
+    Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 12),
+    Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 0, 0), 16),
+    Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10),
+    Ipv4Net::new_assert(Ipv4Addr::new(192, 0, 2, 0), 24),
+    Ipv4Net::new_assert(Ipv4Addr::new(198, 51, 100, 0), 24),
+    Ipv4Net::new_assert(Ipv4Addr::new(203, 0, 113, 0), 24),
+];
+
 impl Engine {
     /// The network of a VPC; made if it isn't there. Callers take turns.
     pub(super) async fn network(&self, vpc: &VpcId, cidr: Option<Ipv4Net>, plane: usize) -> Result<Net, LaunchError> {
@@ -61,6 +73,9 @@ impl Engine {
     async fn add(&self, name: &str, key: &str, subnet: Ipv4Net) -> Result<(), String> {
         if subnet.prefix_len() > 28 {
             return Err("it is smaller than /28".to_owned());
+        }
+        if !PRIVATE.iter().any(|network| network.contains(&subnet)) {
+            return Err("it is not a private network: this host would lose what is really there".to_owned());
         }
         if let Some(route) = routes().into_iter().find(|route| overlap(*route, subnet)) {
             return Err(format!("this host has a route to {route}"));

@@ -25,6 +25,9 @@ const SSH: u16 = 22;
 /// What an instance's tags with its ports begin with; the instance's port follows, and the value is the host's.
 const TAG: &str = "dev.sg-agent.port.";
 
+/// Ports that one instance can have: rules that open more, now or one after another, take no other's.
+const MOST_PORTS: usize = 64;
+
 /// EC2 has room for 50 tags.
 const MOST_TAGS: usize = 40;
 
@@ -71,7 +74,8 @@ impl Ports {
                 if self.given.get(instance).is_some_and(|given| given.contains_key(&port)) {
                     continue;
                 }
-                match self.free(port) {
+                let has_room = self.given.get(instance).is_none_or(|given| given.len() < MOST_PORTS);
+                match self.free(port).filter(|_| has_room) {
                     Some(host_port) => {
                         self.given.entry(instance.clone()).or_default().insert(port, host_port);
                     }
@@ -125,7 +129,7 @@ impl Ports {
         let short = self.short.iter().map(|(instance, port)| Warning {
             subject: instance.to_string(),
             problem: format!(
-                "port {port} is not published: no port from {first} to {last} is free; widen --launch-ports"
+                "port {port} is not published: it has {MOST_PORTS} ports already, or none from {first} to {last} is free (--launch-ports)"
             ),
         });
         let many = self.given.iter().filter(|(_, given)| given.len() > MOST_TAGS).map(|(instance, given)| Warning {
