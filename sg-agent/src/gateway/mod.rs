@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -36,6 +36,9 @@ const CONNECTIONS: usize = 4_096;
 
 /// The fields that a request may have. AWS's SDKs send about twenty, and S3 takes metadata in as many as fit.
 const FIELDS: usize = 512;
+
+/// How long a client may take to send a request's head, counted from the end of the one before: idle ones give way too.
+const LONGEST_HEAD: Duration = Duration::from_secs(60);
 
 /// How long to wait after an accept that failed for want of something.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -244,6 +247,8 @@ async fn serve(stream: TcpStream, forwarder: Arc<Forwarder>, shutdown: Cancellat
         async move { Ok::<_, std::convert::Infallible>(forwarder.answer(request).await) }
     });
     let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(LONGEST_HEAD)
         .preserve_header_case(true)
         .auto_date_header(false)
         .max_headers(FIELDS)
