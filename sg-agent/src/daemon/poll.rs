@@ -86,7 +86,7 @@ impl Poller {
                 let asked = asking.swap(0, Acquire);
                 // Whoever hurries: a poll that is due isn't put off by reads of less, however many come.
                 let is_poll = asked == 0 || began >= pace.due();
-                let extent = if is_poll { extent(asked).max(Extent::Enforced) } else { extent(asked) };
+                let extent = extent(asked, is_poll);
                 let wanted = Wanted { extent, ..asked_for.clone() };
                 let result = ec2.inventory(&wanted).await.map(|inventory| (ec2.scope().clone(), inventory));
                 pace.note(began, began.elapsed(), is_poll, result.is_ok());
@@ -297,8 +297,9 @@ fn bit(extent: Extent) -> u8 {
     1 << extent as u8
 }
 
-/// The least that everybody who asked can do with; a poll, which nobody asked for, is about what is enforced.
-fn extent(asked: u8) -> Extent {
+/// The least that everybody who asked can do with; a poll, whoever else asked, is about what is enforced.
+fn extent(asked: u8, is_poll: bool) -> Extent {
+    let asked = if is_poll { asked | bit(Extent::Enforced) } else { asked };
     let by_most = [Extent::Everything, Extent::Enforced, Extent::Rules];
     by_most.into_iter().find(|extent| asked & bit(*extent) != 0).unwrap_or(Extent::Enforced)
 }
@@ -378,9 +379,13 @@ mod tests {
 
     #[test]
     fn the_most_that_is_asked_for_is_read() {
-        assert_eq!(extent(0), Extent::Enforced);
-        assert_eq!(extent(bit(Extent::Rules)), Extent::Rules);
-        assert_eq!(extent(bit(Extent::Rules) | bit(Extent::Enforced)), Extent::Enforced);
-        assert_eq!(extent(bit(Extent::Rules) | bit(Extent::Everything)), Extent::Everything);
+        let rules = bit(Extent::Rules);
+        assert_eq!(extent(0, true), Extent::Enforced);
+        assert_eq!(extent(rules, false), Extent::Rules);
+        assert_eq!(extent(rules, true), Extent::Enforced, "a poll that is due is made by the way");
+        assert_eq!(extent(rules | bit(Extent::Enforced), false), Extent::Enforced);
+        for is_poll in [false, true] {
+            assert_eq!(extent(rules | bit(Extent::Everything), is_poll), Extent::Everything);
+        }
     }
 }
