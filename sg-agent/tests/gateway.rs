@@ -321,9 +321,9 @@ async fn an_endpoint_that_does_not_answer_is_502_and_still_read_anew() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_is_committed_though_its_client_has_gone() {
     let mut stage = stage(PATIENCE).await;
-    let (client, mut server, _) = stage.passes(&change("RunInstances"), b"2016-11-15").await;
-    drop(client);
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    let (mut client, mut server, _) = stage.passes(&change("RunInstances"), b"2016-11-15").await;
+    client.0.shutdown().await.unwrap();
+    assert_eq!(client.rest().await, "", "the gateway has seen it go");
     server.say(OK).await;
     within(stage.commits.recv()).await.unwrap().reply.send(Ok(())).unwrap();
 }

@@ -8,10 +8,13 @@ use anyhow::Result;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use super::commits::Subject;
+use super::poll::Poller;
 use super::pollers::Hint;
 use super::{Daemon, Origins};
 use crate::gateway::{self, Commit, Gateway, GatewayError};
 use crate::model::Warning;
+use crate::proxy;
 use crate::source::{Ec2, Extent};
 
 /// The gateway, or a warning where it would have been by default and can't be.
@@ -48,22 +51,27 @@ impl Daemon {
     /// Somebody has changed something: it is read anew.
     pub(super) fn commit(&mut self, commit: Commit) {
         let Commit { whom, asked, modified, rebooted, extent, reply } = commit;
-        let is_of_rules = extent == gateway::Extent::Rules;
+        let (subject, least) = match extent {
+            gateway::Extent::Rules => (Subject::Rules, Extent::Rules),
+            gateway::Extent::Everything | gateway::Extent::Anew => (Subject::Anything, Extent::Enforced),
+        };
         let hints = self.pollers.of(&whom);
         for poller in hints.iter().filter_map(|hint| self.pollers.running.get(hint)) {
             if extent == gateway::Extent::Anew {
                 poller.forget();
             }
             poller.note_modified(modified.clone());
-            poller.hurry(if is_of_rules { Extent::Rules } else { Extent::Enforced });
+            poller.hurry(least);
         }
         let own = self.pollers.own_scope();
         if let Some(launcher) = self.launcher.as_ref().filter(|_| whom.has_region(&own) && whom.has_account(&own)) {
+            if extent == gateway::Extent::Anew {
+                launcher.forget();
+            }
             rebooted.into_iter().for_each(|instance| launcher.reboot(instance));
             launcher.hurry();
         }
-        self.commits.wait(asked, is_of_rules, hints, reply);
-        self.serve_waiting();
+        self.commits.wait(asked, subject, hints, reply);
     }
 
     /// Somebody is about to rely on rules that are stale: they are read anew.
@@ -74,8 +82,34 @@ impl Daemon {
         for poller in hints.iter().filter_map(|hint| self.pollers.running.get(hint)) {
             poller.hurry(Extent::Enforced);
         }
-        self.commits.wait(asked, false, hints, reply);
+        self.commits.wait(asked, Subject::Stale, hints, reply);
+    }
+
+    /// Somebody waits for rules that are read from now on. Who asks while one read is under way shares the next.
+    pub(super) fn ask_endpoint(&mut self, ask: proxy::Ask) {
+        self.asked.retain(|(_, waiting)| !waiting.is_closed());
+        self.asked.push((Instant::now(), ask));
+        for poller in self.pollers.running.values() {
+            poller.hurry(Extent::Enforced);
+        }
+    }
+
+    /// Tells those who asked before the last read of every source that it is enforced.
+    pub(super) fn answer_asked(&mut self) {
+        let oldest = self.pollers.running.values().map(Poller::last_success).min().flatten();
+        let Some(oldest) = oldest.filter(|_| self.apply_error.is_none()) else { return };
+        for (_, ask) in self.asked.extract_if(.., |(asked, _)| *asked <= oldest) {
+            // Who has given up needs no answer.
+            let _ = ask.send(());
+        }
+    }
+
+    /// After whatever happened: answers those who wait, and has clients judged by what is stale now.
+    pub(super) async fn settle(&mut self) {
         self.serve_waiting();
+        if *self.freshness.borrow() != self.early_is_stale {
+            self.publish().await;
+        }
     }
 
     /// The sources whose last read failed, or that a change was answered without.

@@ -1,7 +1,10 @@
 //! Those who wait until what they changed, or what is stale, was read anew and is enforced: the gateway's changes, and
-//! the proxy's connections. Owns whose reads each of them waits for; the reads are the pollers'.
+//! the proxy's connections. Owns whose reads each of them waits for, and what nobody waits for any more though it isn't
+//! read; the reads are the pollers'.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::future::poll_fn;
+use std::task::Poll;
 use std::time::Instant;
 
 use tokio::sync::oneshot;
@@ -9,11 +12,21 @@ use tokio::sync::oneshot;
 use super::poll::Poller;
 use super::pollers::Hint;
 
+/// What is to be read.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Subject {
+    /// A change of rules alone.
+    Rules,
+    /// Any change.
+    Anything,
+    /// What was stale already: who waits for it has changed nothing.
+    Stale,
+}
+
 /// Somebody waits for reads that began after `asked`.
 struct Waiting {
     asked: Instant,
-    /// Whether a read of rules will do.
-    is_of_rules: bool,
+    subject: Subject,
     hints: BTreeSet<Hint>,
     reply: oneshot::Sender<Result<(), String>>,
 }
@@ -28,59 +41,86 @@ enum Standing {
     Failed(String),
 }
 
-/// The waiting.
+/// The waiting, and the changes that were answered before they were read.
 #[derive(Default)]
 pub struct Commits {
     waiting: Vec<Waiting>,
+    /// By source and subject, when the last of them was made.
+    overdue: BTreeMap<(Hint, Subject), Instant>,
 }
 
 impl Commits {
-    /// Somebody waits for these sources to be read after `asked`, or for their rules.
+    /// Somebody waits for these sources to be read after `asked`.
     pub fn wait(
         &mut self,
         asked: Instant,
-        is_of_rules: bool,
+        subject: Subject,
         hints: BTreeSet<Hint>,
         reply: oneshot::Sender<Result<(), String>>,
     ) {
-        self.waiting.push(Waiting { asked, is_of_rules, hints, reply });
+        self.waiting.push(Waiting { asked, subject, hints, reply });
     }
 
-    /// Answers those whose reads are done, and enforced unless `refused` says why not.
-    ///
-    /// Who has gone without an answer is kept until what it waited for is read: until then the policy is stale.
+    /// Answers those whose reads are done, and enforced unless `refused` says why not; lets those go who wait no more.
     pub fn serve(&mut self, pollers: &BTreeMap<Hint, Poller>, refused: Option<&String>) {
-        let standing = |waiting: &Waiting| standing(waiting, waiting.hints.iter().filter_map(|h| pollers.get(h)));
-        let done = |waiting: &mut Waiting| match standing(waiting) {
-            Standing::Unread => false,
-            Standing::Read => true,
-            // Nobody is told any more, and the change isn't read yet.
-            Standing::Failed(_) => !waiting.reply.is_closed(),
-        };
-        let done: Vec<Waiting> = self.waiting.extract_if(.., done).collect();
-        for waiting in done {
-            let outcome = match (standing(&waiting), refused) {
-                (Standing::Failed(reason), _) => Err(reason),
-                (_, Some(reason)) => Err(reason.clone()),
-                _ => Ok(()),
+        let has_unread_groups = pollers.values().any(|poller| !poller.unread_groups().is_empty());
+        self.overdue.retain(|(hint, subject), asked| {
+            pollers.get(hint).is_some_and(|poller| has_unread_groups || !is_read(poller, *subject, *asked))
+        });
+        for waiting in std::mem::take(&mut self.waiting) {
+            let outcome = match standing(&waiting, pollers) {
+                Standing::Unread if waiting.reply.is_closed() => {
+                    self.miss(&waiting);
+                    continue;
+                }
+                Standing::Unread => {
+                    self.waiting.push(waiting);
+                    continue;
+                }
+                Standing::Failed(reason) => {
+                    self.miss(&waiting);
+                    Err(reason)
+                }
+                Standing::Read => refused.map_or(Ok(()), |reason| Err(reason.clone())),
             };
             // Who has gone needs no answer.
             let _ = waiting.reply.send(outcome);
         }
     }
 
+    /// A change is answered before it was read: until it is, the policy is stale.
+    fn miss(&mut self, waiting: &Waiting) {
+        if waiting.subject == Subject::Stale {
+            return;
+        }
+        for hint in &waiting.hints {
+            let last = self.overdue.entry((hint.clone(), waiting.subject)).or_insert(waiting.asked);
+            *last = waiting.asked.max(*last);
+        }
+    }
+
+    /// Ends when somebody has gone unanswered: `serve` is to look again.
+    pub async fn next_gone(&mut self) {
+        poll_fn(|context| {
+            let is_gone = |waiting: &mut Waiting| waiting.reply.poll_closed(context).is_ready();
+            if self.waiting.iter_mut().any(is_gone) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
     /// The sources that somebody has waited for in vain.
     pub fn overdue(&self) -> impl Iterator<Item = &Hint> {
-        self.waiting.iter().filter(|waiting| waiting.reply.is_closed()).flat_map(|waiting| &waiting.hints)
+        self.overdue.keys().map(|(hint, _)| hint)
     }
 }
 
-/// A source that is no longer read, since nothing here is of it, needs no waiting for.
-fn standing<'a>(waiting: &Waiting, pollers: impl Iterator<Item = &'a Poller>) -> Standing {
+/// A source that is no longer read, since nothing here is of it, needs no waiting for. Groups that are still to be read,
+/// whoever's they are, may be what a changed rule refers to.
+fn standing(waiting: &Waiting, pollers: &BTreeMap<Hint, Poller>) -> Standing {
     let mut standing = Standing::Read;
-    for poller in pollers {
-        let read = if waiting.is_of_rules { poller.last_rules() } else { poller.last_success() };
-        if read.is_some_and(|read| read >= waiting.asked) {
+    for (hint, poller) in pollers {
+        let is_read = !waiting.hints.contains(hint) || is_read(poller, waiting.subject, waiting.asked);
+        if is_read && poller.unread_groups().is_empty() {
             continue;
         }
         match poller.error() {
@@ -91,4 +131,102 @@ fn standing<'a>(waiting: &Waiting, pollers: impl Iterator<Item = &'a Poller>) ->
         }
     }
     standing
+}
+
+fn is_read(poller: &Poller, subject: Subject, asked: Instant) -> bool {
+    let read = if subject == Subject::Rules { poller.last_rules() } else { poller.last_success() };
+    read.is_some_and(|read| read >= asked)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::source::Extent;
+
+    type Told = oneshot::Receiver<Result<(), String>>;
+
+    fn hint(account: &str) -> Hint {
+        (Some(account.into()), None)
+    }
+
+    /// Two accounts that nobody has read.
+    fn pollers() -> BTreeMap<Hint, Poller> {
+        ["1", "2"].map(|account| (hint(account), Poller::idle())).into()
+    }
+
+    fn waits(commits: &mut Commits, asked: Instant, subject: Subject) -> Told {
+        let (reply, told) = oneshot::channel();
+        commits.wait(asked, subject, [hint("1")].into(), reply);
+        told
+    }
+
+    #[tokio::test]
+    async fn who_goes_is_noticed_at_once_and_leaves_its_source_stale() {
+        let (mut commits, mut pollers) = (Commits::default(), pollers());
+        let asked = Instant::now();
+        let later = asked + Duration::from_millis(1);
+        let told: Vec<Told> = (0..3).map(|_| waits(&mut commits, asked, Subject::Anything)).collect();
+        let last = waits(&mut commits, later, Subject::Anything);
+        let stays = waits(&mut commits, asked, Subject::Anything);
+        commits.serve(&pollers, None);
+        assert_eq!((commits.waiting.len(), commits.overdue().count()), (5, 0));
+        drop((told, last));
+        commits.next_gone().await;
+        commits.serve(&pollers, None);
+        assert_eq!(commits.waiting.len(), 1, "nobody waits twice");
+        assert_eq!(commits.overdue().collect::<Vec<_>>(), [&hint("1")]);
+        // The first ones' read isn't the last one's.
+        let read = |pollers: &mut BTreeMap<Hint, Poller>, began, extent| {
+            pollers.get_mut(&hint("1")).unwrap().has_read(began, extent);
+        };
+        read(&mut pollers, asked, Extent::Enforced);
+        commits.serve(&pollers, None);
+        assert_eq!((commits.waiting.len(), commits.overdue().count()), (0, 1));
+        assert_eq!(stays.await, Ok(Ok(())));
+        read(&mut pollers, later, Extent::Rules);
+        commits.serve(&pollers, None);
+        assert_eq!(commits.overdue().count(), 1, "more than rules has changed");
+        read(&mut pollers, later, Extent::Enforced);
+        commits.serve(&pollers, None);
+        assert_eq!(commits.overdue().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn who_has_changed_nothing_leaves_nothing_behind() {
+        let mut commits = Commits::default();
+        drop(waits(&mut commits, Instant::now(), Subject::Stale));
+        commits.serve(&pollers(), None);
+        assert_eq!((commits.waiting.len(), commits.overdue().count()), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn a_change_whose_read_failed_is_stale_until_it_is_read() {
+        let (mut commits, mut pollers) = (Commits::default(), pollers());
+        let asked = Instant::now();
+        let told = waits(&mut commits, asked, Subject::Anything);
+        let source = hint("1");
+        pollers.get_mut(&source).unwrap().has_failed(asked);
+        commits.serve(&pollers, None);
+        assert!(matches!(told.await, Ok(Err(reason)) if reason.contains("it is out")));
+        // Another's change of rules is read: the source answers again, but what was changed before isn't read yet.
+        pollers.get_mut(&source).unwrap().has_read(asked, Extent::Rules);
+        commits.serve(&pollers, None);
+        assert_eq!(commits.overdue().collect::<Vec<_>>(), [&source]);
+    }
+
+    #[tokio::test]
+    async fn another_accounts_group_is_waited_for() {
+        let (mut commits, mut pollers) = (Commits::default(), pollers());
+        let asked = Instant::now();
+        let mut told = waits(&mut commits, asked, Subject::Rules);
+        pollers[&hint("2")].want(BTreeSet::new(), ["sg-2".into()].into());
+        pollers.get_mut(&hint("1")).unwrap().has_read(asked, Extent::Rules);
+        commits.serve(&pollers, None);
+        assert!(told.try_recv().is_err(), "nobody knows the group's members");
+        pollers.get_mut(&hint("2")).unwrap().has_read(asked, Extent::Enforced);
+        commits.serve(&pollers, None);
+        assert_eq!(told.await, Ok(Ok(())));
+    }
 }

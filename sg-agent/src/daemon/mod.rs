@@ -9,6 +9,7 @@ mod control;
 mod launched;
 mod lock;
 mod look;
+mod pace;
 mod poll;
 mod pollers;
 mod report;
@@ -199,6 +200,7 @@ pub async fn run(options: Options) -> Result<()> {
         desk: Desk::default(),
         commits: Commits::default(),
         freshness,
+        early_is_stale: false,
         apply_error: None,
         refused: 0,
         flows: 0,
@@ -228,7 +230,9 @@ pub async fn run(options: Options) -> Result<()> {
             _ = sweeps.tick() => daemon.sweep(),
             _ = looks.tick() => daemon.verify(),
             () = daemon.desk.next_deadline() => daemon.desk.expire(),
+            () = daemon.commits.next_gone() => {}
         }
+        daemon.settle().await;
     }
     shutdown.cancel();
     // Nobody listens from here on, so there is nothing to judge.
@@ -300,6 +304,8 @@ struct Daemon {
     commits: Commits,
     /// Whether what is enforced may be older than the last change.
     freshness: watch::Sender<bool>,
+    /// The same when early drops were last decided.
+    early_is_stale: bool,
     apply_error: Option<String>,
     /// Changes that were refused whole.
     refused: u64,
@@ -315,7 +321,6 @@ struct Daemon {
 
 impl Daemon {
     async fn on(&mut self, event: Event) {
-        let was_stale = *self.freshness.borrow();
         match event {
             Event::Looked(looked) => {
                 self.look(*looked);
@@ -343,10 +348,6 @@ impl Daemon {
                 }
                 self.launcher.iter().for_each(launcher::Handle::hurry);
             }
-        }
-        self.serve_waiting();
-        if *self.freshness.borrow() != was_stale {
-            self.publish().await;
         }
     }
 
@@ -445,30 +446,12 @@ impl Daemon {
         self.tell();
     }
 
-    /// Somebody waits for rules that are read from now on. Who asks while one read is under way shares the next.
-    fn ask_endpoint(&mut self, ask: proxy::Ask) {
-        self.asked.retain(|(_, waiting)| !waiting.is_closed());
-        self.asked.push((Instant::now(), ask));
-        for poller in self.pollers.running.values() {
-            poller.hurry(Extent::Enforced);
-        }
-    }
-
-    /// Tells those who asked before the last read of every source that it is enforced.
-    fn answer_asked(&mut self) {
-        let oldest = self.pollers.running.values().map(Poller::last_success).min().flatten();
-        let Some(oldest) = oldest.filter(|_| self.apply_error.is_none()) else { return };
-        for (_, ask) in self.asked.extract_if(.., |(asked, _)| *asked <= oldest) {
-            // Who has given up needs no answer.
-            let _ = ask.send(());
-        }
-    }
-
     /// Has programs judge clients of published ports before their handshake, at the sockets that are open now.
     fn drop_early(&mut self) -> Vec<Warning> {
         let (host, mut listening) = (&self.view.discovered.host_links, self.proxy.listening());
         // Who comes while rules are stale has them read anew, which takes the proxy.
-        if *self.freshness.borrow() {
+        self.early_is_stale = *self.freshness.borrow();
+        if self.early_is_stale {
             listening.clear();
         }
         // Whose packets come from a balancer only its header tells.

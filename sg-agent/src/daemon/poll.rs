@@ -13,13 +13,12 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::Event;
+use super::pace::Pace;
 use super::pollers::Hint;
 use crate::model::{GroupId, InstanceId, Inventory, Scope};
 use crate::source::{Ec2, Ec2Options, Extent, ModifiedRule, RulesFile, SourceError, Wanted};
 use crate::status::SourceStatus;
 
-/// The longest time between two polls of a source that fails.
-const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 /// How often a rules file is looked at: reading its metadata costs microseconds.
 const FILE_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -80,20 +79,17 @@ impl Poller {
         let asked = Arc::new(AtomicU8::new(0));
         let asking = Arc::clone(&asked);
         let task = tokio::spawn(async move {
-            let (mut pause, mut due) = (interval, Instant::now());
+            let mut pace = Pace::new(interval);
             loop {
                 let began = Instant::now();
                 let asked_for = wishes.borrow_and_update().clone();
                 let asked = asking.swap(0, Acquire);
-                let extent = extent(asked);
+                // Whoever hurries: a poll that is due isn't put off by reads of less, however many come.
+                let is_poll = asked == 0 || began >= pace.due();
+                let extent = extent(asked, is_poll);
                 let wanted = Wanted { extent, ..asked_for.clone() };
                 let result = ec2.inventory(&wanted).await.map(|inventory| (ec2.scope().clone(), inventory));
-                pause = if result.is_ok() { interval } else { (pause * 2).min(LONGEST_PAUSE) };
-                // From one beginning to the next, so that a change shows within the interval and the time of a read; but
-                // a slow endpoint has as long to itself as it took. Those who wait for less don't put the poll off.
-                if result.is_err() || asked == 0 {
-                    due = began + pause.max(2 * began.elapsed());
-                }
+                pace.note(began, began.elapsed(), is_poll, result.is_ok());
                 let is_complete = asked != 0 || result.is_err() || !ec2.lacks_ids();
                 let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, extent, result });
                 if events.send(Event::Polled(polled)).await.is_err() {
@@ -105,7 +101,7 @@ impl Poller {
                     continue;
                 }
                 tokio::select! {
-                    () = tokio::time::sleep_until(due.into()) => {}
+                    () = tokio::time::sleep_until(pace.due().into()) => {}
                     () = hurried.notified() => {}
                     changed = wishes.changed() => if changed.is_err() { return },
                 }
@@ -237,8 +233,10 @@ impl Poller {
                     tracing::warn!(source = %self.name, "{text}; {meanwhile}");
                 }
                 self.error = Some(text);
-                // Whoever isn't there may have forgotten everything by the time that it is.
-                self.forget();
+                // Whoever isn't there may be another by the time that it is.
+                if let Some(ec2) = &self.ec2 {
+                    ec2.doubt();
+                }
                 None
             }
         }
@@ -299,8 +297,9 @@ fn bit(extent: Extent) -> u8 {
     1 << extent as u8
 }
 
-/// The least that everybody who asked can do with; a poll, which nobody asked for, is about what is enforced.
-fn extent(asked: u8) -> Extent {
+/// The least that everybody who asked can do with; a poll, whoever else asked, is about what is enforced.
+fn extent(asked: u8, is_poll: bool) -> Extent {
+    let asked = if is_poll { asked | bit(Extent::Enforced) } else { asked };
     let by_most = [Extent::Everything, Extent::Enforced, Extent::Rules];
     by_most.into_iter().find(|extent| asked & bit(*extent) != 0).unwrap_or(Extent::Enforced)
 }
@@ -323,4 +322,70 @@ fn chain(error: &SourceError) -> String {
         cause = inner.source();
     }
     text
+}
+
+#[cfg(test)]
+impl Poller {
+    /// One that reads nothing by itself.
+    pub(super) fn idle() -> Self {
+        let task = tokio::spawn(std::future::pending());
+        Self::new(
+            task,
+            watch::channel(nobody()).0,
+            Arc::default(),
+            None,
+            "idle".into(),
+            Scope { account: "1".into(), region: "us-east-1".into() },
+        )
+    }
+
+    /// A read of what is wanted now began then, and succeeded.
+    pub(super) fn has_read(&mut self, began: Instant, extent: Extent) {
+        self.over(began, extent, Ok((self.scope.clone(), Inventory::default())));
+    }
+
+    /// A read began then, and failed.
+    pub(super) fn has_failed(&mut self, began: Instant) {
+        let error = SourceError::Contradiction { source_name: "idle".into(), what: "it is out".into() };
+        self.over(began, Extent::Enforced, Err(error));
+    }
+
+    fn over(&mut self, began: Instant, extent: Extent, result: Result<(Scope, Inventory), SourceError>) {
+        let asked_for = self.wanted.borrow().clone();
+        self.note(Polled { hint: (None, None), began, asked_for, extent, result });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_was_modified_outlives_a_read_that_fails() {
+        let options = Ec2Options {
+            endpoint: Some("http://127.0.0.1:9".into()),
+            region: Some("us-east-1".into()),
+            ..Ec2Options::default()
+        };
+        let ec2 = Arc::new(Ec2::new(&options).unwrap());
+        let mut poller = Poller::idle();
+        poller.ec2 = Some(Arc::clone(&ec2));
+        poller.note_modified(vec![ModifiedRule { id: "sgr-1".into(), ..ModifiedRule::default() }]);
+        poller.has_failed(Instant::now());
+        assert!(ec2.has_corrections(), "the endpoint shows the rule as it was before");
+        poller.forget();
+        assert!(!ec2.has_corrections(), "after a reset it is another rule");
+    }
+
+    #[test]
+    fn the_most_that_is_asked_for_is_read() {
+        let rules = bit(Extent::Rules);
+        assert_eq!(extent(0, true), Extent::Enforced);
+        assert_eq!(extent(rules, false), Extent::Rules);
+        assert_eq!(extent(rules, true), Extent::Enforced, "a poll that is due is made by the way");
+        assert_eq!(extent(rules | bit(Extent::Enforced), false), Extent::Enforced);
+        for is_poll in [false, true] {
+            assert_eq!(extent(rules | bit(Extent::Everything), is_poll), Extent::Everything);
+        }
+    }
 }

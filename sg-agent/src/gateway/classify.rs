@@ -43,6 +43,9 @@ const RULES: [&str; 4] = [
     "UpdateSecurityGroupRuleDescriptions",
 ];
 
+/// How the paths of emulators' own controls begin, such as `/moto-api/reset` and `/_localstack/state/reset`.
+const OWN_CONTROLS: [&str; 2] = ["/moto-api/", "/_localstack/"];
+
 /// Above so many bytes a form isn't looked into: it is taken for a change. AWS's longest, a stack's template, has 51,200.
 const LONGEST_FORM: u64 = 256 * 1024;
 
@@ -93,7 +96,8 @@ pub fn effect(head: &Parts, form: Option<&[u8]>) -> Effect {
     let is_local = signed.service == Some("ec2") && !actions.iter().any(|action| action.contains("Peering"));
     let whom = if is_local { signed.whom(&head.headers) } else { Whom::default() };
     let of_rules = |action: &String| RULES.iter().any(|prefix| action.starts_with(prefix));
-    let is_of_rules = signed.service == Some("ec2") && actions.iter().all(of_rules);
+    // What can't be looked into may be anything.
+    let is_of_rules = signed.service == Some("ec2") && !actions.is_empty() && actions.iter().all(of_rules);
     Effect::Change(whom, if is_of_rules { Extent::Rules } else { Extent::Everything })
 }
 
@@ -105,11 +109,10 @@ fn is_reading(action: &str) -> bool {
     READING.iter().any(|prefix| action.starts_with(prefix))
 }
 
-/// Emulators' own controls, such as `/moto-api/reset` and `/_localstack/state/reset`. No bucket's name begins with `_`.
 fn is_own_control(head: &Parts) -> bool {
     let path = head.uri.path();
     let is_reading = matches!(head.method, Method::GET | Method::HEAD | Method::OPTIONS);
-    !is_reading && (path.starts_with("/moto-api/") || path.starts_with("/_"))
+    !is_reading && OWN_CONTROLS.iter().any(|prefix| path.starts_with(prefix))
 }
 
 fn is_form(headers: &HeaderMap) -> bool {
@@ -348,6 +351,7 @@ mod tests {
             ("GET", "/_localstack/health", false),
             ("PUT", "/moto-apis/reset", false),
             ("PUT", "/bucket/_key", false),
+            ("POST", "/_other/reset", false),
         ] {
             let expected = if changes { Effect::Change(Whom::default(), Extent::Anew) } else { Effect::None };
             assert_eq!(effect(&request(method, path, &[]), None), expected, "{method} {path}");
@@ -359,10 +363,10 @@ mod tests {
         let (name, value) = signed("ec2");
         let large = request("POST", "/", &[(name, &value), ("content-type", FORM)]);
         assert!(!wants_form(&large, Some(LONGEST_FORM + 1)) && !wants_form(&large, None));
-        assert!(matches!(effect(&large, None), Effect::Change(..)));
+        assert!(matches!(effect(&large, None), Effect::Change(_, Extent::Everything)));
         let packed = request("POST", "/", &[(name, &value), ("content-type", FORM), ("content-encoding", "gzip")]);
         assert!(!wants_form(&packed, Some(10)));
-        assert!(matches!(effect(&packed, None), Effect::Change(..)));
+        assert!(matches!(effect(&packed, None), Effect::Change(_, Extent::Everything)));
         // Two actions: whichever the endpoint takes.
         let rules =
             request("POST", "/?Action=AuthorizeSecurityGroupIngress", &[(name, &value), ("content-type", FORM)]);

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -37,6 +37,9 @@ const CONNECTIONS: usize = 4_096;
 
 /// The fields that a request may have. AWS's SDKs send about twenty, and S3 takes metadata in as many as fit.
 const FIELDS: usize = 512;
+
+/// How long a client may take to send a request's head, counted from the end of the one before: idle ones give way too.
+const LONGEST_HEAD: Duration = Duration::from_secs(60);
 
 /// How long to wait after an accept that failed for want of something.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -244,11 +247,7 @@ async fn serve(stream: TcpStream, forwarder: Arc<Forwarder>, shutdown: Cancellat
         let forwarder = Arc::clone(&forwarder);
         async move { Ok::<_, std::convert::Infallible>(forwarder.answer(request).await) }
     });
-    let connection = http1::Builder::new()
-        .preserve_header_case(true)
-        .auto_date_header(false)
-        .max_headers(FIELDS)
-        .serve_connection(TokioIo::new(stream), service);
+    let connection = protocol(LONGEST_HEAD).serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     let served = tokio::select! {
         served = connection.as_mut() => served,
@@ -259,5 +258,32 @@ async fn serve(stream: TcpStream, forwarder: Arc<Forwarder>, shutdown: Cancellat
     };
     if let Err(error) = served {
         tracing::debug!(%error, "a client of the gateway is gone");
+    }
+}
+
+/// HTTP as it is spoken with clients.
+fn protocol(longest_head: Duration) -> http1::Builder {
+    let mut protocol = http1::Builder::new();
+    protocol.timer(TokioTimer::new()).header_read_timeout(longest_head);
+    protocol.preserve_header_case(true).auto_date_header(false).max_headers(FIELDS);
+    protocol
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::Empty;
+    use hyper::body::Bytes;
+    use tokio::io::AsyncWriteExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_never_ends_a_head_is_hung_up_on() {
+        let (mut client, server) = tokio::io::duplex(64);
+        client.write_all(b"GET / HTTP/1.1\r\nHo").await.unwrap();
+        let service =
+            service_fn(|_| async { Ok::<_, std::convert::Infallible>(http::Response::new(Empty::<Bytes>::new())) });
+        let served = protocol(Duration::from_millis(10)).serve_connection(TokioIo::new(server), service).await;
+        assert!(served.as_ref().is_err_and(hyper::Error::is_timeout), "{served:?}");
     }
 }

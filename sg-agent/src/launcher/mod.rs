@@ -130,6 +130,7 @@ pub struct State {
 /// The launcher, as the daemon has it.
 #[derive(Clone, Debug)]
 pub struct Handle {
+    ec2: Arc<Ec2>,
     state: watch::Receiver<Arc<State>>,
     hurry: Arc<Notify>,
     reboots: mpsc::UnboundedSender<InstanceId>,
@@ -144,6 +145,11 @@ impl Handle {
     /// Looks now.
     pub fn hurry(&self) {
         self.hurry.notify_one();
+    }
+
+    /// The endpoint has begun anew, with the same ids for other things.
+    pub fn forget(&self) {
+        self.ec2.forget();
     }
 
     /// Ends an instance's container and starts it again, if it runs. Whoever hears of RebootInstances has to say so:
@@ -188,12 +194,12 @@ pub fn start(
         deep: Arc::clone(&deep),
         pictures: seen,
     };
-    let context = Context::new(ec2, options.images, snapshots.clone());
+    let context = Context::new(Arc::clone(&ec2), options.images, snapshots.clone());
     let launcher = Launcher::new(context, Ports::load(&place.state_dir, options.ports), Arc::clone(&hurry), tell);
     let events = docker_events(place.docker_host, marks.launcher, deep, Arc::clone(&hurry));
     tracing::info!("instances become containers (--launch)");
     tokio::spawn(shutdown.run_until_cancelled_owned(async {
         tokio::join!(observer.run(), launcher.run(pictures, snapshots, rebooted), events);
     }));
-    Ok(Handle { state, hurry, reboots })
+    Ok(Handle { ec2, state, hurry, reboots })
 }

@@ -26,6 +26,7 @@ impl Inventory {
         complete(&mut self.acls, &last.acls);
         self.peerings.extend(last.peerings.iter().cloned());
         self.instances.retain(|id, _| !self.terminated.contains(id));
+        self.enis.retain(|_, eni| eni.instance.as_ref().is_none_or(|id| !self.terminated.contains(id)));
         self.warnings.extend(lost);
         self.warnings.sort();
         self.warnings.dedup();
@@ -52,7 +53,7 @@ fn complete<K: Ord + Clone, V: Clone>(now: &mut BTreeMap<K, V>, last: &BTreeMap<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{GroupId, Instance, SecurityGroup};
+    use crate::model::{Eni, EniId, GroupId, Instance, SecurityGroup};
 
     fn inventory(instances: &[&str], groups: &[&str]) -> Inventory {
         let ids = instances.iter().map(|id| InstanceId::from(*id));
@@ -88,6 +89,30 @@ mod tests {
         // Back again, with the same ids: what is said now is all that counts.
         let back = inventory(&["i-1"], &["sg-1"]);
         assert_eq!(kept(&back, &merged, &["i-1"]), back);
+    }
+
+    #[test]
+    fn a_terminated_instance_leaves_no_interface_behind() {
+        let eni = |id: &str, instance: Option<&str>| Eni {
+            id: id.into(),
+            instance: instance.map(Into::into),
+            device_index: 0,
+            groups: ["sg-1".into()].into(),
+            subnet: None,
+            vpc: None,
+            addresses: vec!["10.0.0.9".parse().unwrap()],
+            prefixes: Vec::new(),
+            source_dest_check: true,
+        };
+        let mut last = inventory(&["i-1", "i-2"], &["sg-1"]);
+        let enis = [eni("eni-1", Some("i-1")), eni("eni-2", Some("i-2")), eni("eni-3", None)];
+        last.enis = enis.into_iter().map(|eni| (eni.id.clone(), eni)).collect();
+        let mut now = inventory(&[], &[]);
+        now.terminated.insert("i-2".into());
+        let merged = kept(&now, &last, &["i-1"]);
+        assert_eq!(merged.instances.keys().collect::<Vec<_>>(), [&InstanceId::from("i-1")]);
+        let left: Vec<EniId> = merged.enis.into_keys().collect();
+        assert_eq!(left, [EniId::from("eni-1"), EniId::from("eni-3")], "its address is nobody's");
     }
 
     #[test]

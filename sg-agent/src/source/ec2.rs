@@ -116,9 +116,20 @@ impl Ec2 {
         }
     }
 
-    /// The endpoint may have begun anew, with the same ids for other things.
+    /// The endpoint has begun anew, with the same ids for other things.
     pub fn forget(&self) {
         self.corrections.forget();
+        self.doubt();
+    }
+
+    /// Whether a modification is known that the endpoint may not show.
+    #[cfg(test)]
+    pub fn has_corrections(&self) -> bool {
+        !self.corrections.is_empty()
+    }
+
+    /// What was read may no longer be so. What was modified stands: no answer of the endpoint would show it.
+    pub fn doubt(&self) {
         self.known_vpcs().clear();
         *self.last_ground() = None;
     }

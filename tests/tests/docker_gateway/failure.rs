@@ -6,7 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::e2e::{Moto, Server, wait_for};
@@ -91,15 +91,26 @@ fn while_the_endpoint_hangs_a_change_is_answered_late_and_nothing_else_waits() {
     let answer = stage.gateway.answer(("test", "us-east-1"), "AuthorizeSecurityGroupIngress", &rule);
     let answer = answer.expect("the gateway answers");
     assert!(answer.contains(" 200 ") && answer.contains("x-sg-agent-commit: late"), "{answer}");
+    // A connection to a published port waits for fresh rules only so long; then the last ones stand. Nothing else tells
+    // the agent that it is late: it isn't asked for its status, and the read that hangs isn't over.
+    let (before, asked) = (server.accepted(), stage.endpoint.asked());
+    let published = tests::e2e::Attempt::tcp(&stage.world.outside, [203, 0, 113, 1].into(), 2222);
+    let has_waited = |_| {
+        let began = Instant::now();
+        published.passes();
+        // The agent and the client hear at the same time that it is late; either may be first.
+        began.elapsed() >= Duration::from_millis(500) || {
+            thread::sleep(Duration::from_millis(20));
+            false
+        }
+    };
+    assert!((0..50).any(has_waited), "rules are stale, and nobody waits for fresh ones");
+    assert!(server.accepted() > before);
     assert_eq!(stage.agent.status()["gateway"]["late"], 1);
     stage.agent.logged(&["WARN", "answered before it is enforced", "late"]);
     stage.stands();
-    // A connection to a published port waits for fresh rules only so long; then the last ones stand.
-    let before = server.accepted();
-    let published = tests::e2e::Attempt::tcp(&stage.world.outside, [203, 0, 113, 1].into(), 2222);
-    published.passes();
-    assert_eq!(server.accepted(), before + 1);
     stage.has_problem("can't be reached");
+    wait_for("the endpoint to be asked once more", || (stage.endpoint.asked() > asked).then_some(()));
     stage.endpoint.forward(upstream);
     stage.is_well();
     stage.tcp(23).passes();
