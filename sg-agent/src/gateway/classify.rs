@@ -82,6 +82,10 @@ pub fn effect(head: &Parts, form: Option<&[u8]>) -> Effect {
     let mut actions = named(query.as_bytes());
     actions.extend(form.map(named).into_iter().flatten());
     actions.extend(target(&head.headers).map(str::to_owned));
+    if form.is_none() && may_hide_an_action(head, signed.service) {
+        // Whatever the query says.
+        actions.push(String::new());
+    }
     let changes = match signed.service {
         Some(service) if !is_listed(service) => false,
         // REST says by the method what it does, and there is nothing else to go by.
@@ -99,6 +103,18 @@ pub fn effect(head: &Parts, form: Option<&[u8]>) -> Effect {
     // What can't be looked into may be anything.
     let is_of_rules = signed.service == Some("ec2") && !actions.is_empty() && actions.iter().all(of_rules);
     Effect::Change(whom, if is_of_rules { Extent::Rules } else { Extent::Everything })
+}
+
+/// Whether a body that wasn't read can name an action: endpoints take it from there as well as from the query.
+fn may_hide_an_action(head: &Parts, service: Option<&str>) -> bool {
+    let has_body = head.headers.contains_key(header::TRANSFER_ENCODING)
+        || text(&head.headers, header::CONTENT_LENGTH.as_str()).is_some_and(|length| length != "0");
+    let kind = text(&head.headers, header::CONTENT_TYPE.as_str()).unwrap_or_default().to_ascii_lowercase();
+    let is_query_api = match service {
+        Some(service) => is_listed(service) && target(&head.headers).is_none(),
+        None => kind.starts_with("application/x-www-form-urlencoded"),
+    };
+    head.method == Method::POST && has_body && is_query_api
 }
 
 fn is_listed(service: &str) -> bool {
@@ -290,6 +306,17 @@ mod tests {
         }
         for action in ["DescribeSecurityGroups", "GetManagedPrefixListEntries", "ListImagesInRecycleBin"] {
             assert_eq!(query("ec2", action), Effect::None, "{action}");
+        }
+    }
+
+    #[test]
+    fn a_body_that_was_not_read_may_say_something_else_than_the_query() {
+        let (name, value) = signed("ec2");
+        for headers in [&[(name, value.as_str())][..], &[]] {
+            let more = [("content-type", FORM), ("content-length", "300000"), ("host", "127.0.0.1:4566")];
+            let head = request("POST", "/?Action=DescribeInstances", &[headers, &more].concat());
+            assert!(!wants_form(&head, Some(300_000)));
+            assert!(matches!(effect(&head, None), Effect::Change(_, Extent::Everything)), "{headers:?}");
         }
     }
 

@@ -210,9 +210,10 @@ fn instances_of_one_vpc_reach_each_other_by_the_addresses_that_moto_shows() {
     let other_group = stage.group(&elsewhere);
     let of = |subnet: &str, group: &str| stage.run(&[("SubnetId", subnet), ("SecurityGroupId.1", group)]);
     let (web, db) = (of(&front, &web_group), of(&back, &db_group));
+    stage.agent.start().wait();
     // Its VPC has the same addresses, which can be had once.
     let other = of(&elsewhere, &other_group);
-    stage.agent.start().wait();
+    stage.agent.wait();
     let _server = Server::start(&db.namespace(), 3306);
     Attempt::tcp(&web.namespace(), db.address, 3306).passes();
     Attempt::tcp(&web.namespace(), db.address, 3307).vanishes();
