@@ -9,7 +9,8 @@ use bollard::query_parameters::EventsOptionsBuilder;
 use futures_util::StreamExt;
 use tokio::sync::{Notify, mpsc};
 
-use super::engine::{Engine, LAUNCHER, Marks};
+use super::engine::Engine;
+use super::marks::{LAUNCHER, Marks};
 use super::plan::Seen;
 use crate::discovery::docker;
 use crate::model::InstanceId;

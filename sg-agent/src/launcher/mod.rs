@@ -13,6 +13,7 @@ mod files;
 mod holder;
 mod images;
 mod look;
+mod marks;
 mod network;
 mod plan;
 mod ports;
@@ -32,8 +33,8 @@ use tokio_util::sync::CancellationToken;
 pub use self::images::{ConfigError, DEFAULT_IMAGE, ImageSpec, Images, InvalidImage, parse_image};
 pub use self::ports::{DEFAULT_RANGE, parse_range};
 
-use self::engine::Marks;
 use self::look::{Observer, docker_events};
+use self::marks::Marks;
 use self::ports::Ports;
 use self::task::Launcher;
 use self::work::Context;

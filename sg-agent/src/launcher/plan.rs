@@ -173,9 +173,9 @@ mod tests {
     /// One look after the other at instances that are listed, have containers, and are listed as terminated: who is
     /// lost, and who is gone.
     #[track_caller]
-    fn looks(looks: &[(&[&str], &[&str], &[&str], &[&str], &[&str])]) {
+    fn looks(looks: &[[&[&str]; 5]]) {
         let mut memory = Memory::default();
-        for (at, (live, ours, over, want_lost, want_gone)) in looks.iter().enumerate() {
+        for (at, [live, ours, over, want_lost, want_gone]) in looks.iter().enumerate() {
             let launches: Vec<Launch> = live.iter().map(|id| launch(id, true)).collect();
             let up = |id| (id, units(Some(true), Some(true), false));
             let seen = Seen { ours: ids(ours).into_iter().map(up).collect(), over: ids(over), ..Seen::default() };
@@ -189,11 +189,11 @@ mod tests {
     #[test]
     fn what_is_listed_as_terminated_is_gone() {
         looks(&[
-            (&["i-1"], &["i-1"], &[], &[], &[]),
-            (&[], &["i-1"], &["i-1"], &[], &["i-1"]),
-            (&[], &[], &[], &[], &[]),
+            [&["i-1"], &["i-1"], &[], &[], &[]],
+            [&[], &["i-1"], &["i-1"], &[], &["i-1"]],
+            [&[], &[], &[], &[], &[]],
         ]);
-        looks(&[(&[], &["i-1", "i-2"], &["i-1"], &["i-2"], &["i-1"])]);
+        looks(&[[&[], &["i-1", "i-2"], &["i-1"], &["i-2"], &["i-1"]]]);
     }
 
     #[test]
@@ -201,31 +201,31 @@ mod tests {
         let both: &[&str] = &["i-1", "i-2"];
         let all: &[&str] = &["i-1", "i-2", "i-3"];
         looks(&[
-            (both, both, &[], &[], &[]),
-            (&[], both, &[], both, &[]),
-            (&[], both, &[], both, &[]),
+            [both, both, &[], &[], &[]],
+            [&[], both, &[], both, &[]],
+            [&[], both, &[], both, &[]],
             // What is made then doesn't make the others gone, nor does its end.
-            (&["i-3"], both, &[], both, &[]),
-            (&["i-3"], all, &[], both, &[]),
-            (&[], all, &["i-3"], both, &["i-3"]),
+            [&["i-3"], both, &[], both, &[]],
+            [&["i-3"], all, &[], both, &[]],
+            [&[], all, &["i-3"], both, &["i-3"]],
             // It has found them again.
-            (both, both, &[], &[], &[]),
+            [both, both, &[], &[], &[]],
         ]);
-        looks(&[(both, both, &[], &[], &[]), (&["i-3"], both, &[], both, &[]), (&["i-3"], all, &[], both, &[])]);
+        looks(&[[both, both, &[], &[], &[]], [&["i-3"], both, &[], both, &[]], [&["i-3"], all, &[], both, &[]]]);
         // Nor does an agent that comes later take them for gone.
-        looks(&[(&["i-3"], all, &[], both, &[]), (&["i-3"], all, &[], both, &[])]);
+        looks(&[[&["i-3"], all, &[], both, &[]], [&["i-3"], all, &[], both, &[]]]);
     }
 
     #[test]
     fn one_that_is_not_listed_any_more_while_others_are_is_gone() {
         let both: &[&str] = &["i-1", "i-2"];
         looks(&[
-            (both, both, &[], &[], &[]),
-            (&["i-2"], both, &[], &[], &["i-1"]),
+            [both, both, &[], &[], &[]],
+            [&["i-2"], both, &[], &[], &["i-1"]],
             // Its removal takes more than a look.
-            (&["i-2"], both, &[], &[], &["i-1"]),
-            (&["i-2"], &["i-2"], &[], &[], &[]),
-            (&[], &["i-2"], &[], &["i-2"], &[]),
+            [&["i-2"], both, &[], &[], &["i-1"]],
+            [&["i-2"], &["i-2"], &[], &[], &[]],
+            [&[], &["i-2"], &[], &["i-2"], &[]],
         ]);
     }
 }

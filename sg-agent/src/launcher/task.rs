@@ -340,7 +340,7 @@ impl Launcher {
         let underway = self.workers.iter().map(|(instance, worker)| {
             let step = worker.step.text();
             let step = if step.is_empty() { "it is being looked at".to_owned() } else { step };
-            format!("instance {instance}: {step}")
+            format!("instance {}: {step}", instance.0.escape_default())
         });
         self.state.underway = underway.collect();
         let failed = self.failed.iter().map(|(instance, failed)| Warning {
