@@ -15,7 +15,7 @@ use crate::discovery::AttachSpec;
 use crate::early::EarlyDrop;
 use crate::exempt::Service;
 use crate::explain::Party;
-use crate::launcher::{ImageSpec, parse_range};
+use crate::launcher::{ImageSpec, parse_image, parse_range};
 use crate::model::InstanceId;
 use crate::proxy::PublishSpec;
 
@@ -131,7 +131,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "AMI=IMAGE", requires = "launch", help_heading = "Launching")]
     pub launch_image: Vec<ImageSpec>,
     /// The image of all others [default: sg-agent/instance:latest, which 'cargo xtask run' makes]
-    #[arg(long, value_name = "IMAGE", requires = "launch", help_heading = "Launching")]
+    #[arg(long, value_name = "IMAGE", value_parser = parse_image, requires = "launch", help_heading = "Launching")]
     pub launch_default_image: Option<String>,
     /// The same from a TOML file: default = "IMAGE", and a table [images] of "AMI" = "IMAGE"
     #[arg(long, value_name = "FILE", requires = "launch", help_heading = "Launching")]

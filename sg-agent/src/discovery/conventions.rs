@@ -17,7 +17,7 @@ pub(crate) const ACCOUNT: &str = "dev.sg-agent.account";
 pub(crate) const REGION: &str = "dev.sg-agent.region";
 /// One id for each of the container's interfaces, in their order, separated by commas.
 pub(crate) const ENI: &str = "dev.sg-agent.eni";
-const PUBLISH: &str = "dev.sg-agent.publish";
+pub(crate) const PUBLISH: &str = "dev.sg-agent.publish";
 
 /// Where a convention keeps a value.
 #[derive(Clone, Copy)]

@@ -1,19 +1,20 @@
-//! The launcher's Docker: its containers, its networks, images. Owns the calls and what marks a thing as this
-//! launcher's; decides nothing, and touches nothing that hasn't that mark.
+//! The launcher's Docker: its containers and images. Owns the calls; decides nothing, and touches nothing that hasn't
+//! the launcher's marks.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bollard::Docker;
 use bollard::container::LogOutput;
 use bollard::errors::Error;
 use bollard::exec::{CreateExecOptions, StartExecResults};
 use bollard::models::{
-    ContainerCreateBody, ContainerSummary, ContainerSummaryStateEnum, EndpointIpamConfig, EndpointSettings, HostConfig,
-    NetworkConnectRequest, NetworkDisconnectRequest, NetworkingConfig,
+    ContainerCreateBody, EndpointIpamConfig, EndpointSettings, HostConfig, NetworkConnectRequest,
+    NetworkDisconnectRequest, NetworkingConfig,
 };
 use bollard::query_parameters::{
     CreateContainerOptionsBuilder, CreateImageOptionsBuilder, DownloadFromContainerOptionsBuilder,
@@ -23,19 +24,18 @@ use bollard::query_parameters::{
 use bollard::{body_full, models};
 use futures_util::{StreamExt, TryStreamExt};
 
-use super::plan::{Seen, Unit, Units};
+use super::marks::{HOLDER, Marks, OWN, name};
+use super::plan::{Seen, Units};
 use super::{LaunchError, files, holder};
-use crate::discovery::conventions::{self, ACCOUNT, ENI, INSTANCE, REGION};
+use crate::discovery::conventions::ENI;
 use crate::discovery::names;
 use crate::model::InstanceId;
 use crate::source::Launch;
 
-/// Marks what a launcher made; the value says which one.
-pub(super) const LAUNCHER: &str = "dev.sg-agent.launcher";
-/// Which of an instance's two containers it is.
-const ROLE: &str = "dev.sg-agent.role";
-const HOLDER: &str = "network";
-const OWN: &str = "instance";
+/// A pull of which nothing is heard for so long is given up, and begun again later.
+const STALL: Duration = Duration::from_secs(300);
+/// No file that is read out of a container is that long; what is longer is cut. Its owner may be the instance.
+const LONGEST_FILE: usize = 2 << 20;
 
 /// Seconds that an instance has for its own end; then it is killed.
 const STOP: i32 = 10;
@@ -45,29 +45,6 @@ const STOP: i32 = 10;
 pub(super) struct Engine {
     pub(super) docker: Docker,
     pub(super) marks: Marks,
-}
-
-/// What marks containers and networks as this launcher's.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Marks {
-    /// Its state directory, which tells the agents of one machine apart.
-    pub(super) launcher: String,
-    pub(super) region: String,
-    /// If it was told.
-    pub(super) account: Option<String>,
-}
-
-impl Marks {
-    pub(super) fn labels(&self) -> HashMap<String, String> {
-        let own = [(LAUNCHER, &self.launcher), (REGION, &self.region)];
-        let account = self.account.iter().map(|account| (ACCOUNT, account));
-        own.into_iter().chain(account).map(|(key, value)| (key.to_owned(), value.clone())).collect()
-    }
-
-    pub(super) fn are_on(&self, labels: &HashMap<String, String>) -> bool {
-        self.labels().iter().all(|(key, value)| labels.get(key) == Some(value))
-            && (self.account.is_some() || !labels.contains_key(ACCOUNT))
-    }
 }
 
 /// What a holder has in one network.
@@ -84,34 +61,12 @@ impl Engine {
         let options = ListContainersOptionsBuilder::default().all(true).build();
         let mut seen = Seen::default();
         for container in self.docker.list_containers(Some(options)).await? {
-            self.take(container, &mut seen);
+            self.marks.take(container, &mut seen);
         }
         for units in seen.ours.values_mut().filter(|_| deep) {
             units.apart = self.is_apart(units).await?;
         }
         Ok(seen)
-    }
-
-    fn take(&self, container: ContainerSummary, seen: &mut Seen) {
-        let (Some(id), labels) = (container.id, container.labels.unwrap_or_default()) else { return };
-        let running = container.state == Some(ContainerSummaryStateEnum::RUNNING);
-        let unit = Some(Unit { id, running });
-        match (labels.get(INSTANCE), labels.get(ROLE).map(String::as_str)) {
-            (Some(instance), Some(role)) if self.marks.are_on(&labels) => {
-                let units = seen.ours.entry(instance.as_str().into()).or_default();
-                match role {
-                    HOLDER => units.holder = unit,
-                    _ => units.own = unit,
-                }
-            }
-            _ if running => {
-                let names = container.names.unwrap_or_default();
-                let name = names.first().map_or("", |name| name.trim_start_matches('/'));
-                let claim = conventions::claim(name, &labels, &mut Vec::new());
-                seen.others.extend(claim.map(|claim| claim.instance));
-            }
-            _ => {}
-        }
     }
 
     /// The containers of one instance.
@@ -126,10 +81,14 @@ impl Engine {
         Ok(matches!((holder, own), (Some(holder), Some(own)) if holder != own))
     }
 
-    /// What makes a running container's network namespace itself.
+    /// What makes a running container's network namespace itself. One that went since it was listed has none.
     async fn namespace(&self, container: &str) -> Result<Option<u64>, Error> {
         use std::os::unix::fs::MetadataExt as _;
-        let state = self.docker.inspect_container(container, None).await?.state;
+        let state = match self.docker.inspect_container(container, None).await {
+            Ok(inspected) => inspected.state,
+            Err(error) if is_absent(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
         let pid = state.and_then(|state| state.pid).filter(|pid| *pid > 0);
         Ok(pid.and_then(|pid| Some(std::fs::metadata(format!("/proc/{pid}/ns/net")).ok()?.ino())))
     }
@@ -137,7 +96,7 @@ impl Engine {
     /// Makes a holder in its first network, and starts it; its id.
     pub(super) async fn hold(&self, launch: &Launch, network: &str, address: Ipv4Addr) -> Result<String, Error> {
         let enis: Vec<&str> = launch.interfaces.iter().map(|interface| &*interface.eni.0).collect();
-        let mut labels = self.labels(&launch.instance, HOLDER);
+        let mut labels = self.marks.of(&launch.instance, HOLDER);
         if enis.iter().all(|eni| names::id(eni).is_ok()) {
             labels.insert(ENI.to_owned(), enis.join(","));
         }
@@ -159,7 +118,7 @@ impl Engine {
             }),
             ..ContainerCreateBody::default()
         };
-        let id = self.create(&format!("sg-agent-{}-net", launch.instance), body).await?;
+        let id = self.create(&name(&launch.instance, HOLDER), body).await?;
         match self.docker.start_container(&id, None).await {
             Ok(()) => Ok(id),
             Err(error) => {
@@ -174,25 +133,19 @@ impl Engine {
     pub(super) async fn make(&self, launch: &Launch, image: &str, holder: &str) -> Result<String, Error> {
         let body = ContainerCreateBody {
             image: Some(image.to_owned()),
-            labels: Some(self.labels(&launch.instance, OWN)),
+            labels: Some(self.marks.of(&launch.instance, OWN)),
             host_config: Some(HostConfig {
                 network_mode: Some(format!("container:{holder}")),
                 ..HostConfig::default()
             }),
             ..ContainerCreateBody::default()
         };
-        self.create(&format!("sg-agent-{}", launch.instance), body).await
+        self.create(&name(&launch.instance, OWN), body).await
     }
 
     async fn create(&self, name: &str, body: ContainerCreateBody) -> Result<String, Error> {
         let options = CreateContainerOptionsBuilder::default().name(name).build();
         Ok(self.docker.create_container(Some(options), body).await?.id)
-    }
-
-    fn labels(&self, instance: &InstanceId, role: &str) -> HashMap<String, String> {
-        let mut labels = self.marks.labels();
-        labels.extend([(INSTANCE.to_owned(), instance.to_string()), (ROLE.to_owned(), role.to_owned())]);
-        labels
     }
 
     pub(super) async fn start(&self, container: &str) -> Result<(), Error> {
@@ -256,22 +209,28 @@ impl Engine {
 
     /// Whether a file is there.
     pub(super) async fn has(&self, container: &str, path: &str) -> Result<bool, Error> {
-        Ok(self.download(container, path).await?.is_some())
+        Ok(self.download(container, path, 0).await?.is_some())
     }
 
     /// A file as an archive, if it is there.
-    pub(super) async fn download(&self, container: &str, path: &str) -> Result<Option<Vec<u8>>, Error> {
+    pub(super) async fn read(&self, container: &str, path: &str) -> Result<Option<Vec<u8>>, Error> {
+        self.download(container, path, LONGEST_FILE).await
+    }
+
+    /// No more of it is asked for once there are more bytes than these.
+    async fn download(&self, container: &str, path: &str, longest: usize) -> Result<Option<Vec<u8>>, Error> {
         let options = DownloadFromContainerOptionsBuilder::default().path(&format!("/{path}")).build();
-        let read = self.docker.download_from_container(container, Some(options));
-        let read = read.try_fold(Vec::new(), |mut all, chunk| async move {
-            all.extend_from_slice(&chunk);
-            Ok(all)
-        });
-        match read.await {
-            Ok(archive) => Ok(Some(archive)),
-            Err(error) if is_absent(&error) => Ok(None),
-            Err(error) => Err(error),
+        let mut chunks = std::pin::pin!(self.docker.download_from_container(container, Some(options)));
+        let mut archive = Vec::new();
+        while archive.len() <= longest {
+            match chunks.next().await {
+                Some(Ok(chunk)) => archive.extend_from_slice(&chunk),
+                Some(Err(error)) if is_absent(&error) => return Ok(None),
+                Some(Err(error)) => return Err(error),
+                None => break,
+            }
         }
+        Ok(Some(archive))
     }
 
     /// Unpacks an archive in a container.
@@ -280,8 +239,8 @@ impl Engine {
         self.docker.upload_to_container(container, Some(options), body_full(archive.into())).await
     }
 
-    /// Starts the script that was put there; what comes of it is logged.
-    pub(super) async fn run_script(&self, container: &str, instance: &InstanceId) -> Result<(), Error> {
+    /// Readies the start of the script that was put there, of which nothing runs yet; the start's id.
+    pub(super) async fn ready_script(&self, container: &str) -> Result<String, Error> {
         let command = CreateExecOptions {
             cmd: Some(files::RUN.to_vec()),
             user: Some("0"),
@@ -289,7 +248,11 @@ impl Engine {
             attach_stderr: Some(true),
             ..CreateExecOptions::default()
         };
-        let exec = self.docker.create_exec(container, command).await?.id;
+        Ok(self.docker.create_exec(container, command).await?.id)
+    }
+
+    /// Starts it; what comes of it is logged.
+    pub(super) async fn start_script(&self, exec: String, instance: &InstanceId) -> Result<(), Error> {
         let StartExecResults::Attached { mut output, .. } = self.docker.start_exec(&exec, None).await? else {
             return Ok(());
         };
@@ -315,11 +278,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Makes sure of the holders' image.
-    pub(super) async fn ensure_holder(&self) -> Result<(), LaunchError> {
-        if self.has_image(holder::IMAGE).await? {
-            return Ok(());
-        }
+    /// Makes the holders' image.
+    pub(super) async fn make_holder(&self) -> Result<(), LaunchError> {
         let archive = holder::archive().map_err(LaunchError::Archive)?;
         let (name, tag) = holder::IMAGE.split_once(':').unwrap_or((holder::IMAGE, "latest"));
         let options = CreateImageOptionsBuilder::default().from_src("-").repo(name).tag(tag).build();
@@ -327,11 +287,8 @@ impl Engine {
         Ok(made.try_for_each(|_| async { Ok(()) }).await?)
     }
 
-    /// Makes sure of an image; one that isn't there is pulled.
-    pub(super) async fn ensure_image(&self, image: &str, tell: impl Fn(String)) -> Result<(), LaunchError> {
-        if self.has_image(image).await? {
-            return Ok(());
-        }
+    /// Pulls an image.
+    pub(super) async fn pull(&self, image: &str, tell: impl Fn(String)) -> Result<(), LaunchError> {
         tracing::info!(image, "is not here: pulling it");
         // Without a tag Docker would pull all of them.
         let name = image.rsplit('/').next().unwrap_or(image);
@@ -339,7 +296,8 @@ impl Engine {
         let options = CreateImageOptionsBuilder::default().from_image(&whole).build();
         let mut pulling = std::pin::pin!(self.docker.create_image(Some(options), None, None));
         let mut layers: HashMap<String, (i64, i64)> = HashMap::new();
-        while let Some(step) = pulling.next().await {
+        let stalled = |_| LaunchError::Stalled(image.to_owned());
+        while let Some(step) = tokio::time::timeout(STALL, pulling.next()).await.map_err(stalled)? {
             let step = step.map_err(|cause| LaunchError::Image { image: image.to_owned(), cause })?;
             if let (Some(layer), Some(progress)) = (step.id, step.progress_detail)
                 && let (Some(done), Some(all)) = (progress.current, progress.total)
@@ -353,7 +311,7 @@ impl Engine {
         Ok(())
     }
 
-    async fn has_image(&self, image: &str) -> Result<bool, Error> {
+    pub(super) async fn has_image(&self, image: &str) -> Result<bool, Error> {
         match self.docker.inspect_image(image).await {
             Ok(_) => Ok(true),
             Err(error) if is_absent(&error) => Ok(false),
@@ -414,21 +372,6 @@ pub(super) fn is_taken(error: &Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_ones_own_marks_count() {
-        let marks = Marks { launcher: "/run/sg-agent".into(), region: "us-east-1".into(), account: None };
-        let with = |changes: &[(&str, &str)]| {
-            let mut labels = marks.labels();
-            labels.extend(changes.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
-            labels
-        };
-        assert!(marks.are_on(&with(&[(INSTANCE, "i-1")])));
-        assert!(!marks.are_on(&with(&[(LAUNCHER, "/run/other")])));
-        assert!(!marks.are_on(&with(&[(REGION, "eu-west-1")])));
-        assert!(!marks.are_on(&with(&[(ACCOUNT, "000000000000")])));
-        assert!(!marks.are_on(&HashMap::from([(INSTANCE.to_owned(), "i-1".to_owned())])));
-    }
 
     #[test]
     fn a_hostname_is_as_ec2_gives_it() {

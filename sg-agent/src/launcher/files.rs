@@ -9,7 +9,7 @@ pub(super) const AUTHORIZED_KEYS: &str = "root/.ssh/authorized_keys";
 pub(super) const SCRIPT: &str = "var/lib/cloud/instance/scripts/user-data";
 /// Where cloud-init writes what it says.
 pub(super) const OUTPUT: &str = "var/log/cloud-init-output.log";
-/// There once the script was run: it is run once in an instance's life.
+/// There from right before the script's start: it is run once in an instance's life.
 pub(super) const DONE: &str = "var/lib/cloud/instance/sem/user-data";
 /// Runs the script. A constant, but for the script that is a file by then.
 pub(super) const RUN: [&str; 3] =
@@ -66,7 +66,7 @@ pub(super) fn archive(keys: &str, key: Option<&str>, script: Option<&[u8]>) -> i
     archive.into_inner()
 }
 
-/// The archive of the mark that the script was run.
+/// The archive of the mark that the script is run.
 ///
 /// # Errors
 /// None in practice: it is written to memory.

@@ -24,6 +24,14 @@ pub struct ImageSpec {
 #[error("'{0}' is not AMI=IMAGE; write it as ami-12c6146b=debian:12 or 'ubuntu-*=ubuntu:24.04'")]
 pub struct InvalidImage(String);
 
+/// An image's name, as `--launch-default-image` takes it.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn parse_image(text: &str) -> Result<String, String> {
+    if is_image(text) { Ok(text.to_owned()) } else { Err(format!("{text:?} is no image's name, as debian:12")) }
+}
+
 impl FromStr for ImageSpec {
     type Err = InvalidImage;
 
@@ -39,7 +47,9 @@ impl FromStr for ImageSpec {
 
 /// Whether a text can be an image's name; Docker knows whether it is one.
 fn is_image(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-/:@".contains(&byte))
+    text.starts_with(|first: char| first.is_ascii_alphanumeric())
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-/:@".contains(&byte))
+        && !text.contains("..")
 }
 
 /// What `--launch-config` holds.
@@ -181,9 +191,11 @@ mod tests {
 
     #[test]
     fn what_is_no_pair_is_named() {
-        for bad in ["", "ami-1", "=x", "ami-1=", "ami-1=a b", "ami-1=$(id)"] {
+        for bad in ["", "ami-1", "=x", "ami-1=", "ami-1=a b", "ami-1=$(id)", "ami-1=../x", "ami-1=-x"] {
             let error = bad.parse::<ImageSpec>().unwrap_err().to_string();
             assert!(error.starts_with(&format!("'{bad}' is not")), "{error}");
         }
+        assert_eq!(parse_image("registry.example:5000/a/b@sha256:0"), Ok("registry.example:5000/a/b@sha256:0".into()));
+        assert!(["", "/containers", "a?b", "a b"].iter().all(|bad| parse_image(bad).is_err()));
     }
 }

@@ -1,5 +1,6 @@
 //! Looking at the endpoint and at Docker, again and again, and when something happened. Changes nothing.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -8,10 +9,12 @@ use bollard::query_parameters::EventsOptionsBuilder;
 use futures_util::StreamExt;
 use tokio::sync::{Notify, mpsc};
 
-use super::engine::{Engine, LAUNCHER, Marks};
+use super::engine::Engine;
+use super::marks::{LAUNCHER, Marks};
 use super::plan::Seen;
 use crate::discovery::docker;
-use crate::source::{Ec2, Launch};
+use crate::model::InstanceId;
+use crate::source::{Ec2, Launch, SourceError};
 
 /// What was seen at one moment.
 pub(super) struct Picture {
@@ -59,13 +62,28 @@ impl Observer {
             .map_err(|failure| failed(&failure.endpoint, &failure.cause))?;
         let engine = Engine { docker, marks: self.marks.clone() };
         let deep = self.deep.swap(false, Ordering::Relaxed);
-        match engine.look(deep).await {
-            Ok(seen) => Ok((launches, seen, engine)),
+        let mut seen = match engine.look(deep).await {
+            Ok(seen) => seen,
             Err(error) => {
                 self.deep.fetch_or(deep, Ordering::Relaxed);
-                Err(failed(&endpoint, &error))
+                return Err(failed(&endpoint, &error));
             }
-        }
+        };
+        seen.over = match self.over(&launches, &seen).await {
+            Ok(over) => over,
+            Err(error) => {
+                self.deep.fetch_or(deep, Ordering::Relaxed);
+                return Err(error.to_string());
+            }
+        };
+        Ok((launches, seen, engine))
+    }
+
+    /// Which of those with containers that aren't listed among the living are terminated.
+    async fn over(&self, launches: &[Launch], seen: &Seen) -> Result<BTreeSet<InstanceId>, SourceError> {
+        let live: BTreeSet<&InstanceId> = launches.iter().map(|launch| &launch.instance).collect();
+        let rest = seen.ours.keys().filter(|instance| !live.contains(instance)).cloned();
+        self.ec2.terminated(&rest.collect()).await
     }
 }
 

@@ -13,6 +13,7 @@ mod files;
 mod holder;
 mod images;
 mod look;
+mod marks;
 mod network;
 mod plan;
 mod ports;
@@ -29,11 +30,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-pub use self::images::{ConfigError, DEFAULT_IMAGE, ImageSpec, Images, InvalidImage};
+pub use self::images::{ConfigError, DEFAULT_IMAGE, ImageSpec, Images, InvalidImage, parse_image};
 pub use self::ports::{DEFAULT_RANGE, parse_range};
 
-use self::engine::Marks;
 use self::look::{Observer, docker_events};
+use self::marks::Marks;
 use self::ports::Ports;
 use self::task::Launcher;
 use self::work::Context;
@@ -85,6 +86,14 @@ pub enum LaunchError {
         /// What Docker says.
         cause: bollard::errors::Error,
     },
+    /// Nothing comes of its pull.
+    #[error(
+        "its image {0} is being pulled, but nothing is heard of it for minutes; it is tried again: is the registry reachable?"
+    )]
+    Stalled(String),
+    /// Its worker panicked.
+    #[error("the agent's own fault: {0}; it is tried again, please report it")]
+    Fault(tokio::task::JoinError),
     /// A network that can't be used.
     #[error("its network {name} can't be used: {problem}")]
     Network {

@@ -57,11 +57,41 @@ pub(super) struct Seen {
     pub(super) ours: BTreeMap<InstanceId, Units>,
     /// Instances that somebody else's container stands for.
     pub(super) others: BTreeSet<InstanceId>,
+    /// Of the launcher's own, those that the control plane lists as terminated.
+    pub(super) over: BTreeSet<InstanceId>,
+}
+
+/// What the control plane was seen to know. One that has begun anew lists nothing of it, and has terminated nothing.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    known: BTreeSet<InstanceId>,
+}
+
+impl Memory {
+    /// Takes a look, and tells whose containers stay though they aren't listed. An instance is over if it is listed as
+    /// terminated, or if it was listed and isn't any more while another that was listed with it still is.
+    pub(super) fn lost(&mut self, launches: &[Launch], seen: &Seen) -> BTreeSet<InstanceId> {
+        let mut listed: BTreeSet<InstanceId> = launches.iter().map(|launch| launch.instance.clone()).collect();
+        listed.extend(seen.over.iter().cloned());
+        if self.known.is_disjoint(&listed) {
+            self.known.clear();
+        }
+        // Those that are over stay known until nothing of them is left.
+        self.known.retain(|instance| seen.ours.contains_key(instance));
+        self.known.extend(listed);
+        seen.ours.keys().filter(|instance| !self.known.contains(*instance)).cloned().collect()
+    }
 }
 
 /// The instances that are to be worked on, and their goals. `anew` are those whose containers may lack something that
-/// a look from outside doesn't tell, as after the agent's start, or when an interface was attached.
-pub(super) fn due(launches: &[Launch], seen: &Seen, anew: impl Fn(&Launch) -> bool) -> BTreeMap<InstanceId, Goal> {
+/// a look from outside doesn't tell, as after the agent's start, or when an interface was attached. The `lost` stay as
+/// they are.
+pub(super) fn due(
+    launches: &[Launch],
+    seen: &Seen,
+    lost: &BTreeSet<InstanceId>,
+    anew: impl Fn(&Launch) -> bool,
+) -> BTreeMap<InstanceId, Goal> {
     let mut due = BTreeMap::new();
     let nothing = Units::default();
     for launch in launches {
@@ -75,7 +105,7 @@ pub(super) fn due(launches: &[Launch], seen: &Seen, anew: impl Fn(&Launch) -> bo
         }
     }
     let live: BTreeSet<&InstanceId> = launches.iter().map(|launch| &launch.instance).collect();
-    for instance in seen.ours.keys().filter(|instance| !live.contains(instance)) {
+    for instance in seen.ours.keys().filter(|instance| !live.contains(instance) && !lost.contains(*instance)) {
         due.insert(instance.clone(), Goal::Gone);
     }
     due
@@ -99,7 +129,7 @@ mod tests {
     fn check(runs: Option<bool>, has: Units, want: Option<Goal>) {
         let launches: Vec<Launch> = runs.map(|runs| launch("i-1", runs)).into_iter().collect();
         let seen = Seen { ours: BTreeMap::from([("i-1".into(), has)]), ..Seen::default() };
-        assert_eq!(due(&launches, &seen, |_| false).get(&"i-1".into()).copied(), want);
+        assert_eq!(due(&launches, &seen, &BTreeSet::new(), |_| false).get(&"i-1".into()).copied(), want);
     }
 
     #[test]
@@ -123,15 +153,79 @@ mod tests {
     #[test]
     fn an_instance_that_has_a_container_gets_no_other() {
         let seen = Seen { others: BTreeSet::from(["i-1".into()]), ..Seen::default() };
-        assert!(due(&[launch("i-1", true)], &seen, |_| true).is_empty());
-        assert_eq!(due(&[launch("i-2", true)], &seen, |_| true).len(), 1);
-        assert!(due(&[], &seen, |_| true).is_empty(), "nobody else's container is ever gone for");
+        let due = |launches: &[Launch]| due(launches, &seen, &BTreeSet::new(), |_| true);
+        assert!(due(&[launch("i-1", true)]).is_empty());
+        assert_eq!(due(&[launch("i-2", true)]).len(), 1);
+        assert!(due(&[]).is_empty(), "nobody else's container is ever gone for");
     }
 
     #[test]
     fn after_a_start_every_running_instance_is_looked_into() {
         let seen =
             Seen { ours: BTreeMap::from([("i-1".into(), units(Some(true), Some(true), false))]), ..Seen::default() };
-        assert_eq!(due(&[launch("i-1", true)], &seen, |_| true).len(), 1);
+        assert_eq!(due(&[launch("i-1", true)], &seen, &BTreeSet::new(), |_| true).len(), 1);
+    }
+
+    fn ids(ids: &[&str]) -> BTreeSet<InstanceId> {
+        ids.iter().map(|id| InstanceId::from(*id)).collect()
+    }
+
+    /// One look after the other at instances that are listed, have containers, and are listed as terminated: who is
+    /// lost, and who is gone.
+    #[track_caller]
+    fn looks(looks: &[[&[&str]; 5]]) {
+        let mut memory = Memory::default();
+        for (at, [live, ours, over, want_lost, want_gone]) in looks.iter().enumerate() {
+            let launches: Vec<Launch> = live.iter().map(|id| launch(id, true)).collect();
+            let up = |id| (id, units(Some(true), Some(true), false));
+            let seen = Seen { ours: ids(ours).into_iter().map(up).collect(), over: ids(over), ..Seen::default() };
+            let lost = memory.lost(&launches, &seen);
+            let mut due = due(&launches, &seen, &lost, |_| false);
+            due.retain(|_, goal| *goal == Goal::Gone);
+            assert_eq!((lost, due.into_keys().collect()), (ids(want_lost), ids(want_gone)), "look {at}");
+        }
+    }
+
+    #[test]
+    fn what_is_listed_as_terminated_is_gone() {
+        looks(&[
+            [&["i-1"], &["i-1"], &[], &[], &[]],
+            [&[], &["i-1"], &["i-1"], &[], &["i-1"]],
+            [&[], &[], &[], &[], &[]],
+        ]);
+        looks(&[[&[], &["i-1", "i-2"], &["i-1"], &["i-2"], &["i-1"]]]);
+    }
+
+    #[test]
+    fn a_control_plane_that_forgot_everything_has_terminated_nothing() {
+        let both: &[&str] = &["i-1", "i-2"];
+        let all: &[&str] = &["i-1", "i-2", "i-3"];
+        looks(&[
+            [both, both, &[], &[], &[]],
+            [&[], both, &[], both, &[]],
+            [&[], both, &[], both, &[]],
+            // What is made then doesn't make the others gone, nor does its end.
+            [&["i-3"], both, &[], both, &[]],
+            [&["i-3"], all, &[], both, &[]],
+            [&[], all, &["i-3"], both, &["i-3"]],
+            // It has found them again.
+            [both, both, &[], &[], &[]],
+        ]);
+        looks(&[[both, both, &[], &[], &[]], [&["i-3"], both, &[], both, &[]], [&["i-3"], all, &[], both, &[]]]);
+        // Nor does an agent that comes later take them for gone.
+        looks(&[[&["i-3"], all, &[], both, &[]], [&["i-3"], all, &[], both, &[]]]);
+    }
+
+    #[test]
+    fn one_that_is_not_listed_any_more_while_others_are_is_gone() {
+        let both: &[&str] = &["i-1", "i-2"];
+        looks(&[
+            [both, both, &[], &[], &[]],
+            [&["i-2"], both, &[], &[], &["i-1"]],
+            // Its removal takes more than a look.
+            [&["i-2"], both, &[], &[], &["i-1"]],
+            [&["i-2"], &["i-2"], &[], &[], &[]],
+            [&[], &["i-2"], &[], &["i-2"], &[]],
+        ]);
     }
 }

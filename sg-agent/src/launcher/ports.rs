@@ -3,9 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, TcpListener};
 use std::ops::RangeInclusive;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use crate::apply::Snapshot;
@@ -19,14 +20,14 @@ pub const DEFAULT_RANGE: RangeInclusive<u16> = 32_000..=32_767;
 /// A rule of more ports than this is published for those that the image exposes, and 22.
 const MOST_OF_A_RULE: u16 = 16;
 
+/// No instance gets more ports of the host than this, whatever its rules and its image say.
+const MOST_OF_AN_INSTANCE: usize = 64;
+
 /// What every image is taken to expose.
 const SSH: u16 = 22;
 
 /// What an instance's tags with its ports begin with; the instance's port follows, and the value is the host's.
 const TAG: &str = "dev.sg-agent.port.";
-
-/// Ports that one instance can have: rules that open more, now or one after another, take no other's.
-const MOST_PORTS: usize = 64;
 
 /// EC2 has room for 50 tags.
 const MOST_TAGS: usize = 40;
@@ -42,6 +43,8 @@ pub(super) struct Ports {
     given: BTreeMap<InstanceId, Given>,
     /// Instances that a port could not be had for.
     short: BTreeSet<(InstanceId, u16)>,
+    /// Instances that have as many as one gets, and how many they lack.
+    full: BTreeMap<InstanceId, usize>,
     unsaved: Option<String>,
 }
 
@@ -61,21 +64,26 @@ impl Ports {
                 BTreeMap::new()
             }
         };
-        Self { path, range, given, short: BTreeSet::new(), unsaved: None }
+        Self { path, range, given, short: BTreeSet::new(), full: BTreeMap::new(), unsaved: None }
     }
 
     /// Gives ports to what the rules allow, and takes none away: who is denied a published port gets that port's
-    /// answer, and a rule that comes back finds the number that it had.
+    /// answer, and a rule that comes back finds the number that it had. Only an instance that has as many as one gets
+    /// gives back what it needs no more.
     pub(super) fn update(&mut self, wanted: &BTreeMap<InstanceId, BTreeSet<u16>>) {
         let before = self.given.clone();
         self.short.clear();
+        self.full.clear();
         for (instance, ports) in wanted {
             for &port in ports {
                 if self.given.get(instance).is_some_and(|given| given.contains_key(&port)) {
                     continue;
                 }
-                let has_room = self.given.get(instance).is_none_or(|given| given.len() < MOST_PORTS);
-                match self.free(port).filter(|_| has_room) {
+                if !self.has_room(instance, ports) {
+                    *self.full.entry(instance.clone()).or_default() += 1;
+                    continue;
+                }
+                match self.free(port) {
                     Some(host_port) => {
                         self.given.entry(instance.clone()).or_default().insert(port, host_port);
                     }
@@ -86,6 +94,15 @@ impl Ports {
             }
         }
         self.save(&before);
+    }
+
+    /// Whether an instance may get one port more; room is made at the cost of one that isn't wanted.
+    fn has_room(&mut self, instance: &InstanceId, wanted: &BTreeSet<u16>) -> bool {
+        let Some(given) = self.given.get_mut(instance).filter(|given| given.len() >= MOST_OF_AN_INSTANCE) else {
+            return true;
+        };
+        let unwanted = given.keys().find(|port| !wanted.contains(port)).copied();
+        unwanted.is_some_and(|port| given.remove(&port).is_some())
     }
 
     /// Takes back the ports of instances that are no more.
@@ -129,18 +146,22 @@ impl Ports {
         let short = self.short.iter().map(|(instance, port)| Warning {
             subject: instance.to_string(),
             problem: format!(
-                "port {port} is not published: it has {MOST_PORTS} ports already, or none from {first} to {last} is free (--launch-ports)"
+                "port {port} is not published: no port from {first} to {last} is free; widen --launch-ports"
             ),
         });
         let many = self.given.iter().filter(|(_, given)| given.len() > MOST_TAGS).map(|(instance, given)| Warning {
             subject: instance.to_string(),
             problem: format!("{MOST_TAGS} of its {} ports are in its tags; 'sg-agent ports' has all", given.len()),
         });
+        let full = self.full.iter().map(|(instance, lacking)| Warning {
+            subject: instance.to_string(),
+            problem: format!("{lacking} ports are not published: an instance has at most {MOST_OF_AN_INSTANCE}"),
+        });
         let unsaved = self.unsaved.iter().map(|error| Warning {
             subject: self.path.display().to_string(),
             problem: format!("cannot be written: {error}; after a restart instances may get other ports"),
         });
-        short.chain(many).chain(unsaved).collect()
+        short.chain(many).chain(full).chain(unsaved).collect()
     }
 
     fn save(&mut self, before: &BTreeMap<InstanceId, Given>) {
@@ -150,10 +171,17 @@ impl Ports {
         let fresh = self.path.with_extension("new");
         let written = serde_json::to_vec_pretty(&self.given)
             .map_err(io::Error::other)
-            .and_then(|text| fs::write(&fresh, text))
+            .and_then(|text| write(&fresh, &text))
             .and_then(|()| fs::rename(&fresh, &self.path));
         self.unsaved = written.err().map(|error| error.to_string());
     }
+}
+
+/// Writes a file that nobody else reads: the directory may be older than the agent, and open to others.
+fn write(path: &Path, text: &[u8]) -> io::Result<()> {
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    file.set_permissions(fs::Permissions::from_mode(0o600))?;
+    file.write_all(text)
 }
 
 /// Whether anybody may listen there. Somebody may be faster: then the proxy says so.
@@ -240,6 +268,8 @@ mod tests {
         again.keep(|instance| *instance.0 == *"i-2");
         assert_eq!(again.published(|_| true).len(), 1);
         assert_eq!(Ports::load(&directory, range()).published(|_| true).len(), 1);
+        let mode = fs::metadata(directory.join("ports.json")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
         fs::remove_dir_all(&directory).unwrap();
     }
 
@@ -256,6 +286,25 @@ mod tests {
         ports.update(&one("i-1", &[22]));
         assert_eq!(ports.published(|_| true)[0].host_port, port);
         assert!(ports.warnings().is_empty());
+        fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn no_instance_takes_all_ports_of_the_host() {
+        let directory = directory("bound");
+        // Apart from the other tests' ports.
+        let mut ports = Ports::load(&directory, 20_000..=20_999);
+        let all: Vec<u16> = (1..=u16::MAX).collect();
+        ports.update(&one("i-1", &all));
+        assert_eq!(ports.published(|_| true).len(), MOST_OF_AN_INSTANCE);
+        let told = |ports: &Ports, what: &str| ports.warnings().iter().any(|warning| warning.problem.contains(what));
+        assert!(told(&ports, "65471 ports are not published"), "{:?}", ports.warnings());
+        // What no rule wants makes room for what one does.
+        ports.update(&one("i-1", &[5000, 5001]));
+        let given = ports.published(|_| true);
+        assert!([5000, 5001].iter().all(|port| given.iter().any(|spec| spec.port == *port)), "{given:?}");
+        assert_eq!(given.len(), MOST_OF_AN_INSTANCE);
+        assert!(!told(&ports, "not published"));
         fs::remove_dir_all(&directory).unwrap();
     }
 

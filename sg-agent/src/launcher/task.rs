@@ -7,17 +7,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::task::{AbortHandle, JoinHandle, JoinSet};
+use tokio::task::{AbortHandle, Id, JoinError, JoinHandle, JoinSet};
 
 use super::engine::Engine;
 use super::look::Picture;
-use super::plan::{self, Goal, Seen};
+use super::plan::{self, Goal, Memory, Seen};
 use super::ports::{self, Ports};
 use super::work::{Context, Job, Step};
 use super::{LaunchError, State};
 use crate::apply::Snapshot;
 use crate::model::{EniId, InstanceId, VpcId, Warning};
-use crate::source::{Launch, SourceError};
+use crate::source::Launch;
 
 /// A worker at work.
 struct Worker {
@@ -45,7 +45,10 @@ struct Done {
     started: bool,
 }
 
-type Outcome = (InstanceId, Goal, Result<Done, LaunchError>);
+type Outcome = Result<Done, LaunchError>;
+
+/// How writing one instance's tags went.
+type Tagged = (InstanceId, Result<(), String>);
 
 /// The last start of an instance's own container.
 struct Start {
@@ -66,6 +69,9 @@ pub(super) struct Launcher {
     /// A network may be nobody's any more.
     to_sweep: bool,
     reboot: BTreeSet<InstanceId>,
+    memory: Memory,
+    /// Instances that the control plane has forgotten; what there is of them stays.
+    lost: BTreeSet<InstanceId>,
     workers: BTreeMap<InstanceId, Worker>,
     failed: BTreeMap<InstanceId, Failed>,
     starts: BTreeMap<InstanceId, Start>,
@@ -74,8 +80,9 @@ pub(super) struct Launcher {
     tasks: JoinSet<Outcome>,
     launches: Vec<Launch>,
     /// The tags that are being written.
-    tagging: Option<JoinHandle<Result<(), SourceError>>>,
-    untagged: Option<String>,
+    tagging: Option<JoinHandle<Vec<Tagged>>>,
+    /// Instances whose tags could not be written, why, and when that was.
+    untagged: BTreeMap<InstanceId, (String, Instant)>,
     state: State,
     tell: watch::Sender<Arc<State>>,
 }
@@ -90,6 +97,8 @@ impl Launcher {
             looked_into: BTreeMap::new(),
             to_sweep: true,
             reboot: BTreeSet::new(),
+            memory: Memory::default(),
+            lost: BTreeSet::new(),
             workers: BTreeMap::new(),
             failed: BTreeMap::new(),
             starts: BTreeMap::new(),
@@ -97,7 +106,7 @@ impl Launcher {
             tasks: JoinSet::new(),
             launches: Vec::new(),
             tagging: None,
-            untagged: None,
+            untagged: BTreeMap::new(),
             state: State::default(),
             tell,
         }
@@ -115,7 +124,7 @@ impl Launcher {
                     Some(picture) => self.see(picture).await,
                     None => return,
                 },
-                Some(done) = self.tasks.join_next() => self.note(done),
+                Some(done) = self.tasks.join_next_with_id() => self.note(done),
                 Some(instance) = reboots.recv() => {
                     self.reboot.insert(instance);
                 }
@@ -140,8 +149,9 @@ impl Launcher {
         self.state.error = None;
         self.state.read = Some(picture.began);
         self.launches = launches;
+        self.lost = self.memory.lost(&self.launches, &seen);
         let looked_into = &self.looked_into;
-        let mut due = plan::due(&self.launches, &seen, |launch| {
+        let mut due = plan::due(&self.launches, &seen, &self.lost, |launch| {
             looked_into.get(&launch.instance).is_none_or(|then| !then.iter().eq(launch.enis()))
         });
         for launch in self.launches.iter().filter(|launch| launch.runs) {
@@ -151,12 +161,13 @@ impl Launcher {
             }
         }
         self.reboot.clear();
+        let listed: BTreeSet<&InstanceId> = self.launches.iter().map(|launch| &launch.instance).collect();
         // What changed its mind is begun anew.
         self.workers.retain(|instance, worker| {
             let stays = match (due.get(instance), worker.goal) {
                 (Some(goal), at) => *goal == at || (*goal == Goal::Run && at == Goal::Reboot),
                 // It is as it should be but for what a look doesn't show.
-                (None, at) => at != Goal::Gone,
+                (None, at) => at != Goal::Gone && listed.contains(instance),
             };
             if !stays {
                 worker.task.abort();
@@ -187,13 +198,19 @@ impl Launcher {
             let task = self.tasks.spawn(async move {
                 let result = context.work(&engine, &job).await;
                 let enis = job.launch.iter().flat_map(Launch::enis).cloned().collect();
-                (job.instance, job.goal, result.map(|started| Done { enis, started }))
+                result.map(|started| Done { enis, started })
             });
             self.workers.insert(instance, Worker { goal, step, task });
         }
         self.forget(&seen);
         self.sweep(&engine).await;
         self.tag(&seen).await;
+    }
+
+    /// Whether it is an instance that was brought up and may have ports.
+    fn is_up(&self, instance: &InstanceId) -> bool {
+        let is_listed = || self.launches.iter().any(|launch| launch.instance == *instance);
+        self.looked_into.contains_key(instance) && (self.lost.contains(instance) || is_listed())
     }
 
     fn addresses(&self) -> BTreeSet<Ipv4Addr> {
@@ -208,11 +225,12 @@ impl Launcher {
         self.ports.keep(is_live);
         self.looked_into.retain(|instance, _| is_live(instance));
         self.starts.retain(|instance, _| is_live(instance));
+        self.untagged.retain(|instance, _| live.contains(instance));
     }
 
-    /// Once the last instance of a VPC is gone, so is its network.
+    /// Once the last instance of a VPC is gone, so is its network. Nobody knows which VPC a lost one is in.
     async fn sweep(&mut self, engine: &Engine) {
-        if !std::mem::take(&mut self.to_sweep) {
+        if !self.lost.is_empty() || !std::mem::take(&mut self.to_sweep) {
             return;
         }
         let interfaces = self.launches.iter().flat_map(|launch| &launch.interfaces);
@@ -222,43 +240,58 @@ impl Launcher {
         }
     }
 
-    /// Writes the tags of one instance whose tags aren't what they should be; the next look is for the next one.
+    /// Writes the tags that aren't what they should be, one instance after the other.
     async fn tag(&mut self, seen: &Seen) {
         if let Some(task) = self.tagging.take() {
             if !task.is_finished() {
                 self.tagging = Some(task);
                 return;
             }
-            let result = task.await.map_err(|error| error.to_string()).and_then(|done| done.map_err(|e| e.to_string()));
-            self.untagged = result.err();
+            match task.await {
+                Ok(all) => all.into_iter().for_each(|tagged| self.note_tags(tagged)),
+                Err(error) => tracing::error!(%error, "the writer of tags ended badly"),
+            }
         }
+        let mut due = Vec::new();
         for launch in self.launches.iter().filter(|launch| seen.ours.contains_key(&launch.instance)) {
             let tags = self.ports.tags(&launch.instance);
             let missing: BTreeMap<String, String> =
                 tags.into_iter().filter(|(key, value)| launch.tags.get(key) != Some(value)).collect();
-            if missing.is_empty() {
-                continue;
+            let waits = self.untagged.get(&launch.instance).is_some_and(|(_, at)| at.elapsed() < BACK_OFF.1);
+            if !missing.is_empty() && !waits {
+                due.push((launch.instance.clone(), missing));
             }
-            let (context, instance) = (Arc::clone(&self.context), launch.instance.clone());
-            self.tagging = Some(tokio::spawn(async move { context.ec2.tag(&instance, &missing).await }));
+        }
+        if due.is_empty() {
             return;
         }
+        let context = Arc::clone(&self.context);
+        self.tagging = Some(tokio::spawn(async move {
+            let mut all = Vec::new();
+            for (instance, missing) in due {
+                let written = context.ec2.tag(&instance, &missing).await;
+                all.push((instance, written.map_err(|error| error.to_string())));
+            }
+            all
+        }));
     }
 
-    /// Notes how a worker fared.
-    fn note(&mut self, done: Result<Outcome, tokio::task::JoinError>) {
-        let (instance, goal, result) = match done {
-            Ok(outcome) => outcome,
-            Err(error) if error.is_cancelled() => return,
-            Err(error) => {
-                tracing::error!(%error, "a worker of the launcher ended badly");
-                return;
-            }
+    fn note_tags(&mut self, (instance, written): Tagged) {
+        match written {
+            Ok(()) => self.untagged.remove(&instance),
+            Err(error) => self.untagged.insert(instance, (error, Instant::now())),
         };
-        // One that was begun anew has another worker by now.
-        if self.workers.get(&instance).is_some_and(|worker| worker.goal == goal) {
-            self.workers.remove(&instance);
-        }
+    }
+
+    /// Notes how a worker fared. One that was begun anew has another worker by now, and counts no more.
+    fn note(&mut self, done: Result<(Id, Outcome), JoinError>) {
+        let (id, result) = match done {
+            Ok(outcome) => outcome,
+            Err(error) => (error.id(), Err(LaunchError::Fault(error))),
+        };
+        let at_work = self.workers.iter().find(|(_, worker)| worker.task.id() == id);
+        let Some(instance) = at_work.map(|(instance, _)| instance.clone()) else { return };
+        let Some(Worker { goal, .. }) = self.workers.remove(&instance) else { return };
         match result {
             Ok(Done { enis, started }) => {
                 self.failed.remove(&instance);
@@ -292,10 +325,10 @@ impl Launcher {
         if self.state.read.is_none() {
             return;
         }
-        let launched = self.launches.iter().filter(|launch| self.looked_into.contains_key(&launch.instance));
-        let wanted = launched.map(|launch| {
-            let exposed = self.context.exposed(&launch.instance);
-            (launch.instance.clone(), ports::wanted(snapshot, &launch.instance, &exposed))
+        let launched = self.looked_into.keys().filter(|instance| self.is_up(instance));
+        let wanted = launched.map(|instance| {
+            let exposed = self.context.exposed(instance);
+            (instance.clone(), ports::wanted(snapshot, instance, &exposed))
         });
         let wanted: BTreeMap<InstanceId, BTreeSet<u16>> = wanted.collect();
         self.ports.update(&wanted);
@@ -307,7 +340,7 @@ impl Launcher {
         let underway = self.workers.iter().map(|(instance, worker)| {
             let step = worker.step.text();
             let step = if step.is_empty() { "it is being looked at".to_owned() } else { step };
-            format!("instance {instance}: {step}")
+            format!("instance {}: {step}", instance.0.escape_default())
         });
         self.state.underway = underway.collect();
         let failed = self.failed.iter().map(|(instance, failed)| Warning {
@@ -324,11 +357,18 @@ impl Launcher {
                 "its container ended by itself, and is started again; 'docker logs sg-agent-{instance}' may tell why"
             ),
         });
-        let untagged = self.untagged.iter().map(|error| Warning {
-            subject: "tags".to_owned(),
-            problem: format!("ports are not told by tags: {error}"),
+        let untagged = self.untagged.iter().map(|(instance, (error, _))| Warning {
+            subject: instance.to_string(),
+            problem: format!("its ports are not told by tags: {error}"),
         });
-        self.state.warnings = failed.chain(ended).chain(untagged).chain(self.ports.warnings()).collect();
+        let lost = self.lost.iter().map(|instance| Warning {
+            subject: instance.to_string(),
+            problem: format!(
+                "the control plane does not list it, not even as terminated: its containers stay as they are; \
+                 'docker rm --force --volumes sg-agent-{instance} sg-agent-{instance}-net' removes them, with their disk"
+            ),
+        });
+        self.state.warnings = failed.chain(ended).chain(untagged).chain(lost).chain(self.ports.warnings()).collect();
         self.state.warnings.sort();
         let state = &self.state;
         self.tell.send_if_modified(|told| {
@@ -338,5 +378,65 @@ impl Launcher {
             }
             is_news
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::launcher::Images;
+    use crate::source::{Ec2, Ec2Options};
+
+    /// One that has been told of nothing. Nobody listens at its endpoint.
+    fn launcher(directory: &std::path::Path) -> Launcher {
+        let endpoint = Some("http://127.0.0.1:1".to_owned());
+        let ec2 = Arc::new(Ec2::new(&Ec2Options { endpoint, ..Ec2Options::default() }).unwrap());
+        let images = Images::new(Vec::new(), None, None).unwrap();
+        let context = Context::new(ec2, images, watch::channel(Arc::default()).1);
+        let ports = Ports::load(directory, ports::DEFAULT_RANGE);
+        Launcher::new(context, ports, Arc::default(), watch::channel(Arc::default()).0)
+    }
+
+    fn done() -> Outcome {
+        Ok(Done { enis: Vec::new(), started: false })
+    }
+
+    impl Launcher {
+        fn set_to_work(&mut self, work: impl Future<Output = Outcome> + Send + 'static) {
+            let task = self.tasks.spawn(work);
+            self.workers.insert("i-1".into(), Worker { goal: Goal::Run, step: Step::default(), task });
+        }
+
+        async fn note_next(&mut self) {
+            let done = self.tasks.join_next_with_id().await.expect("somebody is at work");
+            self.note(done);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_panics_has_failed_and_is_tried_again() {
+        let mut launcher = launcher(&std::env::temp_dir().join("sg-task-none"));
+        launcher.set_to_work(async { panic!("a wall") });
+        launcher.note_next().await;
+        assert!(launcher.workers.is_empty());
+        launcher.report(0);
+        assert_eq!(launcher.state.underway, [""; 0]);
+        let warnings = &launcher.state.warnings;
+        assert!(warnings.len() == 1 && warnings[0].problem.contains("a wall"), "{warnings:?}");
+        launcher.set_to_work(async { done() });
+        launcher.note_next().await;
+        assert!(launcher.failed.is_empty() && launcher.looked_into.contains_key(&"i-1".into()));
+    }
+
+    #[tokio::test]
+    async fn who_was_begun_anew_speaks_for_nobody() {
+        let mut launcher = launcher(&std::env::temp_dir().join("sg-task-none"));
+        launcher.set_to_work(async { done() });
+        // It is over before it is stopped: run, stop, run.
+        tokio::task::yield_now().await;
+        launcher.set_to_work(std::future::pending());
+        launcher.note_next().await;
+        assert!(launcher.workers.contains_key(&"i-1".into()), "the second one is at work");
+        assert!(launcher.looked_into.is_empty());
     }
 }

@@ -12,7 +12,7 @@ use super::engine::{Engine, Wire, is_taken};
 use super::images::Images;
 use super::network::Net;
 use super::plan::{Goal, Units};
-use super::{LaunchError, files};
+use super::{LaunchError, files, holder};
 use crate::apply::Snapshot;
 use crate::discovery::names;
 use crate::model::{InstanceId, VpcId};
@@ -27,9 +27,10 @@ pub(super) struct Context {
     names: Mutex<BTreeMap<String, Option<String>>>,
     /// Ports that instances' images expose.
     exposed: Mutex<BTreeMap<InstanceId, BTreeSet<u16>>>,
-    /// One at a time makes or removes networks, and pulls.
+    /// One at a time makes or removes networks.
     networks: tokio::sync::Mutex<()>,
-    pulls: tokio::sync::Mutex<()>,
+    /// One at a time pulls, or makes, one image.
+    pulls: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 /// What a worker is at, for people.
@@ -66,7 +67,7 @@ impl Context {
             names: Mutex::default(),
             exposed: Mutex::default(),
             networks: tokio::sync::Mutex::default(),
-            pulls: tokio::sync::Mutex::default(),
+            pulls: Mutex::default(),
         }
     }
 
@@ -154,12 +155,28 @@ impl Context {
             }
         };
         job.step.is(format!("its image {image} is being looked for"));
-        let _turn = self.pulls.lock().await;
-        engine.ensure_image(&image, |progress| job.step.is(progress)).await?;
-        engine.ensure_holder().await?;
+        if !engine.has_image(&image).await? {
+            let _turn = self.turn(&image).await;
+            // Another may have had its turn before.
+            if !engine.has_image(&image).await? {
+                engine.pull(&image, |progress| job.step.is(progress)).await?;
+            }
+        }
+        if !engine.has_image(holder::IMAGE).await? {
+            let _turn = self.turn(holder::IMAGE).await;
+            if !engine.has_image(holder::IMAGE).await? {
+                engine.make_holder().await?;
+            }
+        }
         let exposed = engine.exposed(&image).await?;
         lock(&self.exposed).insert(launch.instance.clone(), exposed);
         Ok(image)
+    }
+
+    /// Waits for those who pull this image.
+    async fn turn(&self, image: &str) -> tokio::sync::OwnedMutexGuard<()> {
+        let turns = Arc::clone(lock(&self.pulls).entry(image.to_owned()).or_default());
+        turns.lock_owned().await
     }
 
     /// Makes sure that the holder runs; its id, and that of the instance's own container, if there is one.
@@ -299,7 +316,7 @@ impl Context {
             None => None,
         };
         let keys = match key {
-            Some(_) => engine.download(own, files::AUTHORIZED_KEYS).await?,
+            Some(_) => engine.read(own, files::AUTHORIZED_KEYS).await?,
             None => None,
         };
         let keys = keys.as_deref().map(files::first_text).unwrap_or_default();
@@ -307,13 +324,15 @@ impl Context {
         Ok(engine.upload(own, archive).await?)
     }
 
-    /// Runs the user data, if it wasn't run yet.
+    /// Runs the user data, if it wasn't run yet. The mark is made first: an agent that ends in between leaves a script
+    /// that didn't run, and none runs twice.
     async fn run_user_data(&self, engine: &Engine, launch: &Launch, own: &str) -> Result<(), LaunchError> {
         if !engine.has(own, files::SCRIPT).await? || engine.has(own, files::DONE).await? {
             return Ok(());
         }
-        engine.run_script(own, &launch.instance).await?;
-        Ok(engine.upload(own, files::done().map_err(LaunchError::Archive)?).await?)
+        let script = engine.ready_script(own).await?;
+        engine.upload(own, files::done().map_err(LaunchError::Archive)?).await?;
+        Ok(engine.start_script(script, &launch.instance).await?)
     }
 
     /// Tells the control plane of addresses that it doesn't know.

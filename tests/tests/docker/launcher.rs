@@ -40,8 +40,11 @@ impl Drop for Images {
 impl Stage {
     /// `command` is what instances run.
     fn new(region: &str, command: &[&str]) -> Self {
+        Self::at(Moto::shared().in_region(region), command)
+    }
+
+    fn at(moto: Moto, command: &[&str]) -> Self {
         let docker = Docker::new();
-        let moto = Moto::shared().in_region(region);
         let mut agent = Agent::new(None);
         moto.serve(&mut agent, &moto.url());
         let image = docker.image(&[&format!("CMD {}", serde_json::json!(command)), "EXPOSE 8080"]);
@@ -208,11 +211,12 @@ fn instances_of_one_vpc_reach_each_other_by_the_addresses_that_moto_shows() {
     let (web_group, db_group) = (stage.group(&front), stage.group(&front));
     stage.moto.authorize(&db_group, 3306, &web_group);
     let other_group = stage.group(&elsewhere);
-    let of = |subnet: &str, group: &str| stage.run(&[("SubnetId", subnet), ("SecurityGroupId.1", group)]);
-    let (web, db) = (of(&front, &web_group), of(&back, &db_group));
+    let of =
+        |stage: &Stage, subnet: &str, group: &str| stage.run(&[("SubnetId", subnet), ("SecurityGroupId.1", group)]);
+    let (web, db) = (of(&stage, &front, &web_group), of(&stage, &back, &db_group));
     stage.agent.start().wait();
     // Its VPC has the same addresses, which can be had once.
-    let other = of(&elsewhere, &other_group);
+    let other = of(&stage, &elsewhere, &other_group);
     stage.agent.wait();
     let _server = Server::start(&db.namespace(), 3306);
     Attempt::tcp(&web.namespace(), db.address, 3306).passes();
@@ -417,4 +421,35 @@ fn a_container_of_ones_own_is_not_doubled() {
     assert!(container.exec(&["/bin/echo", "lives"]).status.success());
     let names: BTreeSet<String> = stage.launched.running().into_iter().collect();
     assert!(!names.contains(&mine.own), "{names:?}");
+}
+
+#[test]
+fn a_control_plane_that_forgot_everything_takes_no_container_with_it() {
+    let moto = Moto::own();
+    let mut stage = Stage::at(moto.in_region("us-west-1"), IDLE);
+    let place = |stage: &Stage, cidr: &str, subnet: &str| {
+        let [subnet] = stage.vpc(cidr, [subnet]);
+        let group = stage.group(&subnet);
+        stage.run(&[("SubnetId", &subnet), ("SecurityGroupId.1", &group)])
+    };
+    let old = place(&stage, "10.221.0.0/16", "10.221.1.0/24");
+    stage.agent.start().wait();
+    let started = old.started();
+    moto.restart();
+    let told = stage.agent.logged(&["WARN", &old.id, "docker rm"]);
+    assert!(told.contains(&format!("{} {}", old.own, old.holder())), "{told}");
+    // What is made then doesn't make it gone, nor does an agent that comes later take it for gone.
+    let new = place(&stage, "10.222.0.0/16", "10.222.1.0/24");
+    stage.agent.wait();
+    wait_for("the new one runs", || stage.launched.running().contains(&new.own).then_some(()));
+    stage.agent.kill();
+    stage.agent.start();
+    wait_for("it is told again", || stage.agent.status()["warnings"].to_string().contains("docker rm").then_some(()));
+    assert_eq!(old.started(), started);
+    stage.change("TerminateInstances", &new);
+    wait_for("only what is terminated goes", || {
+        let running = stage.launched.running();
+        (!running.contains(&new.own) && !running.contains(&new.holder())).then_some(())
+    });
+    assert_eq!(old.started(), started);
 }

@@ -11,11 +11,13 @@ use serde::Deserialize;
 
 use super::super::answer::{Call, DescribeImages, DescribeInstances, DescribeKeyPairs};
 use super::super::client::Parameters;
+use super::super::convert::is_terminated;
 use super::super::{SourceError, wire};
 use super::Ec2;
 use crate::model::{EniId, InstanceId, VpcId};
 
-/// States of instances that have, or get, a container. Terminated ones, which Moto lists for good, aren't asked for.
+/// States of instances that have, or get, a container. Of terminated ones, which Moto lists for good, only those are asked
+/// for that have one.
 const LIVE: [&str; 4] = ["pending", "running", "stopping", "stopped"];
 
 /// An instance, as far as starting it goes. Its texts are as the endpoint has them: unchecked.
@@ -108,6 +110,16 @@ impl Ec2 {
         Ok(instances().map(|instance| launch(instance, &network)).collect())
     }
 
+    /// Which of these are listed as terminated, or about to be.
+    pub async fn terminated(&self, instances: &BTreeSet<InstanceId>) -> Result<BTreeSet<InstanceId>, SourceError> {
+        // By a filter: an id that the endpoint doesn't know is no error then.
+        let ids = instances.iter().map(InstanceId::to_string).collect();
+        let reservations = self.filtered::<DescribeInstances>("instance-id", &ids).await?;
+        let found = reservations.iter().flat_map(|reservation| &reservation.instances);
+        let over = found.filter(|instance| is_over(&instance.state)).map(|instance| instance.id.as_str().into());
+        Ok(over.filter(|id| instances.contains(id)).collect())
+    }
+
     /// What the instance was given to run at its first start.
     pub async fn user_data(&self, instance: &InstanceId) -> Result<Option<Vec<u8>>, SourceError> {
         let parameters = parameters(&[("InstanceId", &instance.0), ("Attribute", "userData")]);
@@ -151,6 +163,10 @@ impl Ec2 {
 
 fn parameters(pairs: &[(&str, &str)]) -> Parameters {
     pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+fn is_over(state: &wire::InstanceState) -> bool {
+    is_terminated(state) || state.name == "shutting-down"
 }
 
 fn launch(instance: &wire::Instance, network: &impl Fn(&str) -> Option<Ipv4Net>) -> Launch {
