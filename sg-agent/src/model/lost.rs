@@ -1,32 +1,40 @@
 //! A control plane that has begun anew: what it knew of instances that still run here. Owns when that is so, and what of
 //! the last inventory goes on; whether it is wanted is `--unknown`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::{InstanceId, Inventory, Warning};
+use super::{Eni, InstanceId, Inventory, PeeredVpc, Warning};
 
 impl Inventory {
     /// Completes this inventory by the last one, where an instance of `here` was in it and is nowhere now. No control
     /// plane forgets an instance that it doesn't list as terminated first: it has lost its memory, and with the instance
-    /// went its groups, what they refer to, and their members. What is known now wins, id by id.
+    /// went its groups, and what they refer to. Members are those that run here. What is known now wins, id by id.
     pub fn keep_lost<'a>(&mut self, last: &Self, here: impl IntoIterator<Item = &'a InstanceId>) {
         let is_lost = |id: &&InstanceId| {
             last.instances.contains_key(*id) && !self.instances.contains_key(*id) && !self.terminated.contains(*id)
         };
-        let lost: Vec<Warning> = here.into_iter().filter(is_lost).map(warning).collect();
+        let lost: BTreeSet<&InstanceId> = here.into_iter().filter(is_lost).collect();
         if lost.is_empty() {
             return;
         }
+        let enis: Vec<&Eni> =
+            last.enis.values().filter(|eni| eni.instance.as_ref().is_some_and(|id| lost.contains(id))).collect();
+        // What is gone that is nobody's here stays gone: else who leaves would be let in for as long as one is lost.
+        let is_theirs = |end: &PeeredVpc| {
+            !self.vpcs.contains_key(&end.vpc) && enis.iter().any(|eni| eni.vpc.as_ref() == Some(&end.vpc))
+        };
+        let peerings = last.peerings.iter().filter(|peering| is_theirs(&peering.one) || is_theirs(&peering.other));
+        self.peerings.extend(peerings.cloned());
+        self.instances.extend(lost.iter().map(|id| ((*id).clone(), last.instances[*id].clone())));
+        for eni in enis {
+            self.enis.entry(eni.id.clone()).or_insert_with(|| eni.clone());
+        }
         complete(&mut self.groups, &last.groups);
-        complete(&mut self.enis, &last.enis);
-        complete(&mut self.instances, &last.instances);
         complete(&mut self.prefix_lists, &last.prefix_lists);
         complete(&mut self.vpcs, &last.vpcs);
         complete(&mut self.subnets, &last.subnets);
         complete(&mut self.acls, &last.acls);
-        self.peerings.extend(last.peerings.iter().cloned());
-        self.instances.retain(|id, _| !self.terminated.contains(id));
-        self.enis.retain(|_, eni| eni.instance.as_ref().is_none_or(|id| !self.terminated.contains(id)));
+        let lost: Vec<Warning> = lost.into_iter().map(warning).collect();
         self.warnings.extend(lost);
         self.warnings.sort();
         self.warnings.dedup();
@@ -53,7 +61,7 @@ fn complete<K: Ord + Clone, V: Clone>(now: &mut BTreeMap<K, V>, last: &BTreeMap<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Eni, EniId, GroupId, Instance, SecurityGroup};
+    use crate::model::{EniId, GroupId, Instance, SecurityGroup};
 
     fn inventory(instances: &[&str], groups: &[&str]) -> Inventory {
         let ids = instances.iter().map(|id| InstanceId::from(*id));
@@ -83,7 +91,7 @@ mod tests {
     fn what_a_lost_instance_needs_goes_on() {
         let last = inventory(&["i-1", "i-2"], &["sg-1", "sg-2"]);
         let merged = kept(&inventory(&[], &[]), &last, &["i-1"]);
-        assert_eq!((merged.instances.len(), merged.groups.len()), (2, 2));
+        assert_eq!((merged.instances.len(), merged.groups.len()), (1, 2), "the other one's end is its end");
         assert_eq!(merged.warnings.len(), 1, "{:?}", merged.warnings);
         assert_eq!(kept(&inventory(&[], &[]), &merged, &["i-1"]), merged, "and so at the next read");
         // Back again, with the same ids: what is said now is all that counts.
@@ -112,7 +120,7 @@ mod tests {
         let merged = kept(&now, &last, &["i-1"]);
         assert_eq!(merged.instances.keys().collect::<Vec<_>>(), [&InstanceId::from("i-1")]);
         let left: Vec<EniId> = merged.enis.into_keys().collect();
-        assert_eq!(left, [EniId::from("eni-1"), EniId::from("eni-3")], "its address is nobody's");
+        assert_eq!(left, [EniId::from("eni-1")], "their addresses are nobody's");
     }
 
     #[test]
