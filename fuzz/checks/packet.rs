@@ -74,11 +74,14 @@ impl Begun {
         assert_ne!(verdict, Err(Drop::Inconsistent), "tables that are all there");
         let Ok(pass) = verdict else { return };
         if pass == Pass::Neighbor && plain::is_arp(frame) {
+            assert!(frame.len() <= 64 && frame[20] == 0 && matches!(frame[21], 1 | 2), "a tunnel: {frame:02x?}");
             return;
         }
         let packet = plain::read(frame).unwrap_or_else(|| panic!("{pass:?} for what is no packet"));
         if pass == Pass::Neighbor {
             assert!((133..=137).contains(&(packet.port >> 8)) && packet.protocol == 58 && packet.hops == 255);
+            assert!(frame.len() <= 14 + 1280, "a tunnel of {} bytes", frame.len());
+            assert!(!is_egress || frame.len() <= 14 + 40 + 56, "a tunnel of {} bytes", frame.len());
             return;
         }
         let own = if is_egress { packet.source } else { packet.destination };

@@ -6,7 +6,7 @@
 use crate::addr::Address;
 
 /// The version of everything in this module. Bump it with every change of a type, a map or a number's meaning.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// Interfaces that one agent can hold (the norm's 1,000 instances, with room for second interfaces).
 pub const MAX_INTERFACES: u32 = 2_048;
@@ -420,10 +420,20 @@ const _: () = assert!(size_of::<FragmentSlot>() == 8);
 pub struct Fragment {
     /// Which packet.
     pub key: FragmentKey,
-    /// Where its transport header ends, in bytes of the packet's payload.
+    /// Where its transport header ends, in units of 8 bytes of the packet's fragmentable part.
     pub header_end: u32,
+    /// When the first fragment passed, in nanoseconds of the programs' clock.
+    pub seen: u64,
+    /// The group policy's epoch under which it did.
+    pub groups: u32,
+    /// [`Config::world`] when it did.
+    pub world: u32,
 }
-const _: () = assert!(size_of::<Fragment>() == 48);
+const _: () = assert!(size_of::<Fragment>() == 64);
+
+/// How long after the first fragment the rest may come, in nanoseconds: as long as Linux waits for it
+/// (`IP_FRAG_TIME`). RFC 791 gives it 15 s at first, RFC 8200 60 s; a receiver that waits longer gets no more of it.
+pub const FRAGMENT_LIFETIME: u64 = 30_000_000_000;
 
 /// Settings of one agent. Map `CONFIG`, one entry.
 #[repr(C)]

@@ -6,6 +6,7 @@
 
 use crate::abi::{
     ACKNOWLEDGED, ALIVE_ORIGIN, ALIVE_REPLY, Config, Direction, FIN_ORIGIN, FIN_REPLY, Flow, FlowKey, ORIGIN_EGRESS,
+    UNFILTERED,
 };
 use crate::packet::{ACK, FIN, Packet, Part, RST, SYN, TCP, UDP};
 
@@ -216,6 +217,13 @@ impl Flow {
         }
         if flags != self.flags {
             self.flags = flags;
+        }
+        // The proxy's flow is kept alive by the proxy, whose acknowledgments and datagrams come in: the instance alone
+        // could go on for ever with nobody asked. A state of its making doesn't count as life either, or it would take
+        // turns between two.
+        let is_egress = direction as u8 == Direction::Egress as u8;
+        if self.flags & (UNFILTERED | ORIGIN_EGRESS) == UNFILTERED && is_egress {
+            return;
         }
         let is_running_out = !is_new_state && matches_either(state, State::TimeWait, State::Reset);
         let age = now.saturating_sub(self.seen);

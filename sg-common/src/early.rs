@@ -2,6 +2,7 @@
 //! the proxy does of each client that reaches it, so whatever is left to the proxy here is judged there.
 
 use crate::abi::{Direction, Interface, PublishedKey, PublishedPort};
+use crate::addr::Address;
 use crate::judge::Memory;
 use crate::packet::{self, ARP, Ethernet, Frame, Packet, RST, UDP};
 use crate::policy::{self, Query, Tables};
@@ -45,6 +46,9 @@ pub fn judge<M: Tables + Memory + Ports, R>(
         return None;
     }
     let packet = packet::ip_to_host(frame, &ethernet).ok()?;
+    if is_martian(&ethernet, &packet.source) {
+        return None;
+    }
     let begins = packet.protocol == UDP || packet.is_initial_syn() && packet.tcp_flags & RST == 0;
     if !begins {
         return None;
@@ -60,4 +64,19 @@ pub fn judge<M: Tables + Memory + Ports, R>(
     };
     let reason = verdict.err()?;
     Some(deny(&Denied { port, ethernet, packet, reason }))
+}
+
+/// Whether the stack drops what comes from there, whatever rules say: an answer would reach many, or this host itself.
+/// Linux does so in `ip_route_input_slow` and `ip6_rcv_core`.
+#[inline(always)]
+fn is_martian(ethernet: &Ethernet, source: &Address) -> bool {
+    // Only on `lo` have both sides no MAC address; there, loopback addresses are at home.
+    let is_lo = ethernet.source == [0; 6] && ethernet.destination == [0; 6];
+    // "This network" is all of 0.0.0.0/8 (RFC 791, 3.2).
+    let is_nobody = *source == Address::UNSPECIFIED || source.is_v4() && source.low()[0] == 0;
+    ethernet.source[0] & 1 != 0
+        || source.is_multicast()
+        || *source == Address::v4([255; 4])
+        || is_nobody
+        || source.is_loopback() && !is_lo
 }

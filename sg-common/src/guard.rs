@@ -7,6 +7,9 @@ use crate::packet::{ETHERNET, Ethernet, Frame, ICMPV6, Packet, Part, UDP};
 use crate::policy::Tables;
 use crate::verdict::{Drop, Pass, Verdict};
 
+/// The length that Ethernet pads shorter frames to (IEEE 802.3, 4.4.2), with a checksum that a driver may leave there.
+const SHORTEST: u32 = 64;
+
 const BROADCAST: Address = Address::v4([255; 4]);
 
 /// Judges an ARP frame (RFC 826, for Ethernet and IPv4).
@@ -19,7 +22,12 @@ pub fn arp<T: Tables>(
     frame: &impl Frame,
 ) -> Verdict {
     let h: [u8; 28] = frame.load(ETHERNET).ok_or(Drop::Malformed)?;
-    if [h[0], h[1], h[2], h[3], h[4], h[5]] != [0, 1, 0x08, 0x00, 6, 4] {
+    // Nothing filters it, so it has room for nothing else: no more than Ethernet's padding, requests and replies only.
+    if [h[0], h[1], h[2], h[3], h[4], h[5]] != [0, 1, 0x08, 0x00, 6, 4]
+        || h[6] != 0
+        || !(h[7] == 1 || h[7] == 2)
+        || frame.len() > SHORTEST
+    {
         return Err(Drop::Malformed);
     }
     if direction == Direction::Egress {
@@ -87,7 +95,7 @@ fn receives<T: Tables>(
     frame: &impl Frame,
 ) -> Result<Option<Pass>, Drop> {
     if is_neighbor_discovery(packet) {
-        return if hop_limit(frame) == Some(255) { Ok(Some(Pass::Neighbor)) } else { Err(Drop::ForgedNeighbor) };
+        return if is_plain(packet, frame) { Ok(Some(Pass::Neighbor)) } else { Err(Drop::ForgedNeighbor) };
     }
     if is_dhcp_reply(packet) && tables.is_exempt(interface.vpc, &packet.source, UDP, packet.source_port) {
         return Ok(Some(Pass::Dhcp));
@@ -157,6 +165,11 @@ const NEIGHBOR_SOLICITATION: u8 = 135;
 const NEIGHBOR_ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
 
+/// Options that a host sends: its link-layer address (RFC 4861, 4.6.1) and a nonce (RFC 3971, 5.3.2) have 8 bytes each.
+const HOST_OPTIONS: u32 = 4 * 8;
+/// What a router sends fits into the least MTU (RFC 4861, 4.6.3), 1,280 bytes (RFC 8200, 5).
+const ROUTER_LENGTH: u32 = 1280 - 40;
+
 /// RFC 4861's messages. It forbids nothing about fragments, RFC 6980 does: fragmented ones are left to the rules.
 #[inline(always)]
 fn is_neighbor_discovery(packet: &Packet) -> bool {
@@ -170,8 +183,7 @@ fn is_neighbor_discovery(packet: &Packet) -> bool {
 /// Judges a neighbour discovery message that the instance sends: only in its own name, only as a host.
 #[inline(always)]
 fn neighbor_discovery<T: Tables>(tables: &T, interface: &Interface, packet: &Packet, frame: &impl Frame) -> Verdict {
-    // RFC 4861, 6.1 and 7.1: anything but 255 was forwarded, which a genuine message never is.
-    if hop_limit(frame) != Some(255) {
+    if !is_plain(packet, frame) || !stays_on_link(packet, frame) {
         return Err(Drop::ForgedNeighbor);
     }
     if interface.flags & SOURCE_DEST_CHECK == 0 {
@@ -195,10 +207,60 @@ fn neighbor_discovery<T: Tables>(tables: &T, interface: &Interface, packet: &Pac
                 && is_own_or_link_local(tables, interface, &Address::v6(target))
                 && links_to_self(interface, packet, frame, 24)
         }
-        // Router advertisements and redirects are a router's.
+        // Router advertisements and redirects: `stays_on_link` has refused them.
         _ => false,
     };
     if is_honest { Ok(Pass::Neighbor) } else { Err(Drop::ForgedNeighbor) }
+}
+
+/// Whether the packet is a message of neighbour discovery and nothing else. No rule is asked about it, so it has no room
+/// for what rules would filter: no extension headers, no bytes behind the message, and no more options than honest
+/// senders have.
+#[inline(always)]
+fn is_plain(packet: &Packet, frame: &impl Frame) -> bool {
+    let longest = match packet.icmp_type() {
+        ROUTER_SOLICITATION => 8 + HOST_OPTIONS,
+        NEIGHBOR_SOLICITATION | NEIGHBOR_ADVERTISEMENT => 24 + HOST_OPTIONS,
+        _ => ROUTER_LENGTH,
+    };
+    // RFC 4861, 6.1 and 7.1: with anything but 255 it was forwarded, which a genuine message never is; no code but 0.
+    hop_limit(frame) == Some(255)
+        && packet.destination_port & 0xff == 0
+        && packet.transport == ETHERNET + 40
+        && packet.transport_length <= longest
+        && frame.len() == packet.transport + packet.transport_length
+}
+
+/// Whether a message that the instance sends is for its own link, as far as that can be told: receivers check that it
+/// wasn't forwarded, but nothing keeps a router from forwarding it. Which global addresses are on the link nobody knows
+/// here (a Docker network has all of a VPC's subnets), so a question goes to its own target only (RFC 4861, 7.3.1); an
+/// answer goes to whoever asked (7.2.4). What advertises routes is a router, which no instance is to its neighbours.
+#[inline(always)]
+fn stays_on_link(packet: &Packet, frame: &impl Frame) -> bool {
+    let destination = &packet.destination;
+    let is_local = destination.is_link_local_v6() || is_link_local_group(destination);
+    match packet.icmp_type() {
+        ROUTER_SOLICITATION => is_local,
+        NEIGHBOR_SOLICITATION => {
+            is_local || frame.load(packet.transport + 8).is_some_and(|target| Address::v6(target) == *destination)
+        }
+        // Flags: router, solicited, override. Nobody asked for what isn't solicited.
+        NEIGHBOR_ADVERTISEMENT => {
+            is_local
+                || !destination.is_multicast()
+                    && frame
+                        .load::<4>(packet.transport + 4)
+                        .is_some_and(|[flags, a, b, c]| flags & 0x5f == 0x40 && [a, b, c] == [0; 3])
+        }
+        _ => false,
+    }
+}
+
+/// A multicast group of one link: RFC 4291, 2.7.
+#[inline(always)]
+fn is_link_local_group(address: &Address) -> bool {
+    let [first, second, ..] = address.octets();
+    !address.is_v4() && first == 0xff && second & 0x0f == 2
 }
 
 /// Duplicate address detection sends from `::` (RFC 4862, 5.4.2).

@@ -3,8 +3,8 @@
 use core::ops::DerefMut;
 
 use crate::abi::{
-    self, ACL_EGRESS, ACL_INGRESS, Binding, Config, Direction, EITHER_ORIGIN, Flow, FlowKey, FragmentKey, Interface,
-    UNFILTERED,
+    self, ACL_EGRESS, ACL_INGRESS, Binding, Config, Direction, EITHER_ORIGIN, FRAGMENT_LIFETIME, Flow, FlowKey,
+    Fragment, FragmentKey, Interface, UNFILTERED,
 };
 use crate::addr::Address;
 use crate::conntrack::{icmp_request, is_icmp_answer, is_icmp_error};
@@ -34,12 +34,12 @@ pub trait Memory {
     fn add_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), Full>;
     /// Removes a flow.
     fn remove_flow(&self, key: &FlowKey);
-    /// Remembers a first fragment that passed, and where its header ends.
-    fn add_fragment(&self, key: &FragmentKey, header_end: u16);
+    /// Remembers a first fragment that passed.
+    fn add_fragment(&self, fragment: &Fragment);
     /// Forgets a fragmented packet.
     fn remove_fragment(&self, key: &FragmentKey);
-    /// Where the header of the fragmented packet ends, if its first fragment passed.
-    fn fragment(&self, key: &FragmentKey) -> Option<u16>;
+    /// What is known of the fragmented packet, if its first fragment passed.
+    fn fragment(&self, key: &FragmentKey) -> Option<Fragment>;
 }
 
 /// The table of flows is at its limit.
@@ -85,7 +85,13 @@ pub fn judge<M: Tables + Memory>(
     if packet.part == Part::First {
         let key = fragment_key(interface, direction, packet);
         match verdict {
-            Ok(_) => maps.add_fragment(&key, packet.fragment_offset),
+            Ok(_) => maps.add_fragment(&Fragment {
+                key,
+                header_end: packet.fragment_offset as u32,
+                seen: crossing.now,
+                groups: crossing.groups.epoch,
+                world: crossing.config.world,
+            }),
             // Identifications come again: the rest is not to follow an earlier packet's first one.
             Err(_) => maps.remove_fragment(&key),
         }
@@ -93,14 +99,26 @@ pub fn judge<M: Tables + Memory>(
     verdict
 }
 
-/// A later fragment goes where the first one went (SG-3.8).
+/// A later fragment goes where the first one went (SG-3.8): for as long as a receiver waits for it, and under
+/// `--on-revoke=cut` only while what the first one was judged by stands (SG-3.4).
 #[inline(always)]
-fn follow_fragment<M: Memory>(maps: &M, interface: &Interface, direction: Direction, packet: &Packet) -> Verdict {
-    match maps.fragment(&fragment_key(interface, direction, packet)) {
-        None => Err(Drop::FragmentOrphan),
-        Some(header_end) if packet.fragment_offset < header_end => Err(Drop::FragmentOverlap),
-        Some(_) => Ok(Pass::Fragment),
+fn follow_fragment<M: Tables + Memory>(
+    maps: &M,
+    interface: &Interface,
+    direction: Direction,
+    packet: &Packet,
+) -> Verdict {
+    let config = maps.config().ok_or(Drop::Inconsistent)?;
+    let first = maps.fragment(&fragment_key(interface, direction, packet)).ok_or(Drop::FragmentOrphan)?;
+    let is_old = maps.now().saturating_sub(first.seen) > FRAGMENT_LIFETIME;
+    let is_stale = first.groups != maps.binding(interface.groups).epoch || first.world != config.world;
+    if is_old || (is_stale && config.flags & abi::CUT_ON_REVOKE != 0) {
+        return Err(Drop::FragmentOrphan);
     }
+    if (packet.fragment_offset as u32) < first.header_end {
+        return Err(Drop::FragmentOverlap);
+    }
+    Ok(Pass::Fragment)
 }
 
 #[inline(always)]

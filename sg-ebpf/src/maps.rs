@@ -116,14 +116,16 @@ pub fn sweep(now: u64) -> u32 {
 /// the latter can be removed here only if that happens between the two lines below, on another CPU. Its next packet
 /// is then judged by the rules again.
 unsafe extern "C" fn visit(map: *mut c_void, key: *mut c_void, flow: *mut c_void, sweep: *mut c_void) -> i64 {
-    // SAFETY: the helper passes the entry's value and the pointer that `sweep` gave it.
-    let (flow, sweep) = unsafe { (&*flow.cast::<Flow>(), &mut *sweep.cast::<Sweep>()) };
+    // SAFETY: the helper passes the entry's key and value, and the pointer that `sweep` gave it. The key is read before
+    // the entry is deleted: from then on another CPU may fill its place with another interface's flow.
+    let (eni, flow, sweep) = unsafe {
+        ((&raw const (*key.cast::<FlowKey>()).eni).read_volatile(), &*flow.cast::<Flow>(), &mut *sweep.cast::<Sweep>())
+    };
     if CONFIG.get(0).is_some_and(|config| flow.is_expired(config, sweep.now)) {
         // SAFETY: deleting the entry that is being visited is allowed (kernel: `bpf_for_each_hash_elem`).
         let result = unsafe { bpf_map_delete_elem(map, key) };
         if result == 0 {
-            // SAFETY: the helper passes the entry's key.
-            count_tracked(unsafe { (*key.cast::<FlowKey>()).eni }, -1);
+            count_tracked(eni, -1);
         }
     } else {
         sweep.live += 1;
@@ -361,9 +363,9 @@ impl Memory for Maps {
     }
 
     #[inline(always)]
-    fn add_fragment(&self, key: &FragmentKey, header_end: u16) {
+    fn add_fragment(&self, fragment: &Fragment) {
         // Without room the rest of the packet is dropped as orphans: the closed side.
-        let _ = FRAGMENTS.insert(key.slot(), Fragment { key: *key, header_end: header_end as u32 }, 0);
+        let _ = FRAGMENTS.insert(fragment.key.slot(), fragment, 0);
     }
 
     #[inline(always)]
@@ -375,9 +377,9 @@ impl Memory for Maps {
     }
 
     #[inline(always)]
-    fn fragment(&self, key: &FragmentKey) -> Option<u16> {
+    fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
         // SAFETY: see `interface`; entries are replaced whole.
         let fragment = unsafe { FRAGMENTS.get(key.slot()) }?;
-        if fragment.key == *key { Some(fragment.header_end as u16) } else { None }
+        if fragment.key == *key { Some(*fragment) } else { None }
     }
 }

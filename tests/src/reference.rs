@@ -61,6 +61,7 @@ impl Reference {
     pub fn forget(&self) {
         let enis: HashSet<u32> = self.interfaces.values().map(|interface| interface.eni).collect();
         self.flows.borrow_mut().retain(|key, _| enis.contains(&key.eni));
+        self.fragments.borrow_mut().retain(|slot, _| enis.contains(&slot.eni));
     }
 }
 
@@ -133,9 +134,8 @@ impl Memory for Reference {
         self.flows.borrow_mut().remove(key);
     }
 
-    fn add_fragment(&self, key: &FragmentKey, header_end: u16) {
-        let fragment = Fragment { key: *key, header_end: header_end.into() };
-        self.fragments.borrow_mut().insert(key.slot(), fragment);
+    fn add_fragment(&self, fragment: &Fragment) {
+        self.fragments.borrow_mut().insert(fragment.key.slot(), *fragment);
     }
 
     fn remove_fragment(&self, key: &FragmentKey) {
@@ -144,9 +144,8 @@ impl Memory for Reference {
         }
     }
 
-    fn fragment(&self, key: &FragmentKey) -> Option<u16> {
-        let fragment = self.fragments.borrow().get(&key.slot()).copied().filter(|fragment| fragment.key == *key)?;
-        u16::try_from(fragment.header_end).ok()
+    fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
+        self.fragments.borrow().get(&key.slot()).copied().filter(|fragment| fragment.key == *key)
     }
 }
 

@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use sg_common::abi::{
-    Binding, CUT_ON_REVOKE, Config, DELEGATED, Direction, Flow, FlowKey, FragmentKey, Interface, Member, NOWHERE,
-    Policy, REFERENCES, RELATED_ERRORS, SOURCE_DEST_CHECK, free_replies,
+    Binding, CUT_ON_REVOKE, Config, DELEGATED, Direction, Flow, FlowKey, Fragment, FragmentKey, Interface, Member,
+    NOWHERE, Policy, REFERENCES, RELATED_ERRORS, SOURCE_DEST_CHECK, free_replies,
 };
 use sg_common::addr::Address;
 use sg_common::conntrack::State;
@@ -55,7 +55,7 @@ pub struct World {
     mark: u32,
     now: u64,
     flows: RefCell<HashMap<FlowKey, Flow>>,
-    fragments: RefCell<HashMap<FragmentKey, u16>>,
+    fragments: RefCell<HashMap<FragmentKey, Fragment>>,
 }
 
 /// The interface's own addresses.
@@ -313,15 +313,15 @@ impl Memory for World {
         self.flows.borrow_mut().remove(key);
     }
 
-    fn add_fragment(&self, key: &FragmentKey, header_end: u16) {
-        self.fragments.borrow_mut().insert(*key, header_end);
+    fn add_fragment(&self, fragment: &Fragment) {
+        self.fragments.borrow_mut().insert(fragment.key, *fragment);
     }
 
     fn remove_fragment(&self, key: &FragmentKey) {
         self.fragments.borrow_mut().remove(key);
     }
 
-    fn fragment(&self, key: &FragmentKey) -> Option<u16> {
+    fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
         self.fragments.borrow().get(key).copied()
     }
 }

@@ -6,8 +6,8 @@ use aya::Ebpf;
 use aya::maps::lpm_trie::LpmTrie;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use sg_common::abi::{
-    self, Cidr4Key, Cidr6Key, Config, Count, Direction, ExemptKey, Flow, FlowKey, Interface, Member, MemberKey, OwnKey,
-    Policy, PortKey, PublishedKey, PublishedPort, ReasonKey, ReferenceKey,
+    self, Cidr4Key, Cidr6Key, Config, Count, Direction, ExemptKey, Flow, FlowKey, Fragment, FragmentSlot, Interface,
+    Member, MemberKey, OwnKey, Policy, PortKey, PublishedKey, PublishedPort, ReasonKey, ReferenceKey,
 };
 use sg_common::verdict::Pass;
 
@@ -50,6 +50,7 @@ pub struct Maps {
     denied: PerCpuArray<MapData, u64>,
     /// Tracked flows.
     pub flows: HashMap<MapData, FlowKey, Flow>,
+    fragments: HashMap<MapData, FragmentSlot, Fragment>,
     tracked: Array<MapData, i64>,
     established: PerCpuArray<MapData, Count>,
     reasons: PerCpuHashMap<MapData, ReasonKey, Count>,
@@ -89,6 +90,7 @@ impl Maps {
             published: typed(ebpf, "PUBLISHED")?,
             denied: typed(ebpf, "DENIED")?,
             flows: typed(ebpf, "FLOWS")?,
+            fragments: typed(ebpf, "FRAGMENTS")?,
             tracked: typed(ebpf, "TRACKED")?,
             established: typed(ebpf, "ESTABLISHED")?,
             reasons: typed(ebpf, "REASONS")?,
@@ -160,7 +162,7 @@ impl Maps {
         Ok(u32::try_from(self.tracked.get(&eni, 0)?.max(0)).unwrap_or(u32::MAX))
     }
 
-    /// Removes every flow and count of an interface that is no more, before its number is given to another.
+    /// Removes every flow, fragment and count of an interface that is no more, before its number is given to another.
     ///
     /// # Errors
     /// The kernel's.
@@ -172,6 +174,9 @@ impl Maps {
             .collect::<Result<_, _>>()?;
         for key in keys {
             absent_is_fine(self.flows.remove(&key))?;
+        }
+        for slot in 0..2 * abi::FRAGMENT_SLOTS {
+            absent_is_fine(self.fragments.remove(&FragmentSlot { eni, slot }))?;
         }
         self.tracked.set(eni, 0, 0)?;
         let keys: Vec<ReasonKey> = self

@@ -40,9 +40,12 @@ pub fn neighbor_solicitation(from: Host, target: Ipv6Addr) -> Packet {
     message(from, group, 135, &target.octets(), Some((1, from.mac)))
 }
 
-/// `target` is at `mac`, told to `to`.
+/// `target` is at `mac`, told to `to`: solicited, unless to a group.
 pub fn neighbor_advertisement(from: Host, to: Ipv6Addr, target: Ipv6Addr, mac: [u8; 6]) -> Packet {
-    message(from, to, 136, &target.octets(), Some((2, mac)))
+    let mut packet = message(from, to, 136, &target.octets(), Some((2, mac)));
+    let flags = if to.is_multicast() { 0x20 } else { 0x60 };
+    packet.transport = Transport::Icmp { kind: 136, code: 0, rest: [flags, 0, 0, 0] };
+    packet
 }
 
 /// I am a router, told to everyone.

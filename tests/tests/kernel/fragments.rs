@@ -1,6 +1,6 @@
 //! Fragments: the first decides, the rest follow it (SG-3.8).
 
-use sg_common::abi::Direction;
+use sg_common::abi::{CUT_ON_REVOKE, Direction};
 use sg_common::verdict::{Drop, Pass, Verdict};
 use tests::cast::{A, B, X};
 use tests::lab::Lab;
@@ -131,5 +131,70 @@ pub fn extension_headers_around_fragments() {
                 arrives(datagram(5000).extension(44, &[0, 0, 8, 0, 0, 0, 6]), ORPHAN),
             ],
         );
+    });
+}
+
+#[test]
+pub fn the_rest_comes_within_the_time_that_receivers_wait() {
+    isolated(|| {
+        let mut lab = Lab::new("in udp5000, out udp5000");
+        for (id, is_v4) in [(1, true), (2, false)] {
+            for direction in [Direction::Ingress, Direction::Egress] {
+                let (from, to) = if direction == Direction::Ingress { (X, B) } else { (B, X) };
+                let datagram = udp(from, to).family(is_v4, from, to).ports(5000, 5000).payload(4096);
+                let [first, middle, last] = datagram.fragments(id, 1400).try_into().expect("three fragments");
+                lab.run(B, direction, &first).expect("what a rule allows");
+                // A grain of the clock less.
+                lab.advance(29_900);
+                assert_eq!(lab.run(B, direction, &middle), FOLLOWS, "SG-3.8, RFC 791, RFC 8200, 4.5");
+                lab.advance(200);
+                // What follows doesn't keep it open.
+                assert_eq!(lab.run(B, direction, &last), ORPHAN, "SG-3.8, RFC 791, RFC 8200, 4.5");
+                assert_eq!(lab.run(B, direction, &middle), ORPHAN, "SG-3.8");
+                lab.run(B, direction, &first).expect("sent again");
+                assert_eq!(lab.run(B, direction, &last), FOLLOWS, "SG-3.8: a new packet with the same identification");
+            }
+        }
+    });
+}
+
+#[test]
+pub fn a_revoke_ends_fragmented_packets_too() {
+    isolated(|| {
+        for is_cut in [true, false] {
+            let mut lab = Lab::new("in udp5000, out none");
+            lab.configure(|config| config.flags |= if is_cut { CUT_ON_REVOKE } else { 0 });
+            let [first, middle, last] =
+                udp(X, B).ports(40000, 5000).payload(4096).fragments(1, 1400).try_into().expect("three fragments");
+            assert_eq!(lab.run(B, Direction::Ingress, &first), NEW, "SG-3.8");
+            assert_eq!(lab.run(B, Direction::Ingress, &middle), FOLLOWS, "SG-3.8");
+            lab.rules("sgB", "in none, out none");
+            // Without the cut it is the rest of a packet that was allowed.
+            let expected = if is_cut { ORPHAN } else { FOLLOWS };
+            assert_eq!(lab.run(B, Direction::Ingress, &last), expected, "SG-3.4");
+            lab.advance(30_100);
+            assert_eq!(lab.run(B, Direction::Ingress, &last), ORPHAN, "SG-3.4, SG-3.8");
+        }
+    });
+}
+
+#[test]
+pub fn an_interface_s_packets_go_with_it() {
+    isolated(|| {
+        let mut lab = Lab::new("in udp5000, out none");
+        let [first, middle, last] =
+            udp(X, B).ports(40000, 5000).payload(4096).fragments(1, 1400).try_into().expect("three fragments");
+        assert_eq!(lab.run(B, Direction::Ingress, &first), NEW, "SG-3.8");
+        assert_eq!(lab.run(B, Direction::Ingress, &middle), FOLLOWS, "SG-3.8");
+        let number = |lab: &Lab| lab.reference().interfaces[&lab.ifindex(B)].eni;
+        let before = number(&lab);
+        let mut b = None;
+        lab.attach(|attachments| {
+            let at = attachments.iter().position(|attachment| attachment.link.name == "sgt-b").expect("B's link");
+            b = Some(attachments.remove(at));
+        });
+        lab.attach(|attachments| attachments.extend(b.take()));
+        assert_eq!(number(&lab), before, "the number that was free is given again");
+        assert_eq!(lab.run(B, Direction::Ingress, &last), ORPHAN, "SG-3.8: another interface's packet");
     });
 }

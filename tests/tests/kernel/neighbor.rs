@@ -1,13 +1,15 @@
 //! ARP and neighbour discovery: not filtered, but honest (SG-4.2, SG-4.3).
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use sg_common::abi::Direction;
 use sg_common::verdict::{Drop, Pass, Verdict};
 use tests::cast::{A, B, GATEWAY, ROUTER, X};
 use tests::lab::Lab;
 use tests::netns::isolated;
-use tests::packets::{arp, icmpv6, neighbor_advertisement, neighbor_solicitation, redirect, router_advertisement, udp};
+use tests::packets::{
+    Transport, arp, icmpv6, neighbor_advertisement, neighbor_solicitation, redirect, router_advertisement, udp,
+};
 
 use crate::{arrives, leaves, run};
 
@@ -195,5 +197,124 @@ pub fn other_multicast_stays_out() {
                 arrives(udp(A, B).v6(A, B).to_address("ff02::1").to_mac([0x33, 0x33, 0, 0, 0, 1]), multicast),
             ],
         );
+    });
+}
+
+/// No rule is asked about them, so they carry nothing else.
+#[test]
+pub fn neither_is_a_way_around_the_rules() {
+    isolated(|| {
+        let mut lab = Lab::new("in none, out none");
+        for direction in [Direction::Ingress, Direction::Egress] {
+            let from = if direction == Direction::Egress { B } else { A };
+            let to = if direction == Direction::Egress { A } else { B };
+            let with = |operation: [u8; 2], length: usize| {
+                let mut frame = arp(from, 1, from.mac, from.v4, to.v4);
+                frame[20..22].copy_from_slice(&operation);
+                frame.resize(length, 0);
+                frame
+            };
+            for (frame, expected) in [
+                (with([0, 1], 42), NEIGHBOR),
+                (with([0, 1], 60), NEIGHBOR),
+                (with([0, 1], 64), NEIGHBOR),
+                (with([0, 1], 65), Err(Drop::Malformed)),
+                (with([0, 2], 1514), Err(Drop::Malformed)),
+                (with([0, 0], 42), Err(Drop::Malformed)),
+                (with([0, 3], 42), Err(Drop::Malformed)),
+                (with([0, 4], 42), Err(Drop::Malformed)),
+                (with([1, 1], 42), Err(Drop::Malformed)),
+            ] {
+                assert_eq!(lab.run(B, direction, &frame), expected, "RFC 826, {direction:?}: {frame:02x?}");
+            }
+
+            let question = || neighbor_solicitation(from, to.v6);
+            let answer = || neighbor_advertisement(from, to.v6, from.v6, from.mac);
+            for honest in [question(), answer()] {
+                let behind = |bytes: usize| {
+                    let mut frame = honest.clone().frame();
+                    frame.resize(frame.len() + bytes, 0x5a);
+                    frame
+                };
+                let mut long = honest.clone();
+                long.payload.resize(long.payload.len() + 1200, 1);
+                let mut coded = honest.clone();
+                let Transport::Icmp { code, .. } = &mut coded.transport else { panic!("ICMPv6") };
+                *code = 1;
+                for (what, frame, expected) in [
+                    ("as it is", honest.frame(), NEIGHBOR),
+                    ("a byte behind it", behind(1), FORGED),
+                    ("a thousand bytes behind it", behind(1000), FORGED),
+                    ("a thousand bytes of options", long.frame(), FORGED),
+                    ("hop-by-hop options", honest.clone().hop_by_hop().frame(), FORGED),
+                    ("destination options", honest.clone().destination_options().frame(), FORGED),
+                    ("an atomic fragment", honest.clone().as_fragment(1, 0, false).frame(), FORGED),
+                    ("a code", coded.frame(), FORGED),
+                ] {
+                    assert_eq!(lab.run(B, direction, &frame), expected, "RFC 4861, 4.3, 4.4, {direction:?}: {what}");
+                }
+            }
+        }
+        // What Linux puts into them: four options of 8 bytes at most, of which one is sent here.
+        let options = |count: usize| {
+            let mut packet = neighbor_solicitation(A, B.v6);
+            packet.payload.truncate(16);
+            packet.payload.extend([14, 1, 1, 2, 3, 4, 5, 6].repeat(count));
+            packet
+        };
+        run(
+            &mut lab,
+            "RFC 4861, 4.3",
+            vec![arrives(options(0), NEIGHBOR), arrives(options(4), NEIGHBOR), arrives(options(5), FORGED)],
+        );
+    });
+}
+
+#[test]
+pub fn discovery_stays_on_its_link() {
+    isolated(|| {
+        let mut lab = Lab::new("in none, out none");
+        for is_checked in [true, false] {
+            lab.edit(|inventory| {
+                inventory.enis.get_mut(&B.eni()).expect("B's interface").source_dest_check = is_checked
+            });
+            let (far, groups) = (X.v6, ["ff05::1", "ff0e::1:ff00:1"]);
+            let address = |text: &str| text.parse::<Ipv6Addr>().expect("an address");
+            let probe = |to: Ipv6Addr| neighbor_solicitation(B, to).to_address(&to.to_string()).to_mac(A.mac);
+            let answer = |to| neighbor_advertisement(B, to, B.v6, B.mac);
+            let mut unasked = answer(A.v6);
+            unasked.transport = Transport::Icmp { kind: 136, code: 0, rest: [0x20, 0, 0, 0] };
+            let mut reserved = answer(A.v6);
+            reserved.transport = Transport::Icmp { kind: 136, code: 0, rest: [0x60, 1, 2, 3] };
+            let routers = || {
+                let mut packet = neighbor_solicitation(B, A.v6).to_address("ff02::2");
+                packet.transport = Transport::Icmp { kind: 133, code: 0, rest: [0; 4] };
+                packet.payload.drain(..16);
+                packet
+            };
+            run(
+                &mut lab,
+                "RFC 4861, 7.1",
+                vec![
+                    leaves(probe(A.v6), NEIGHBOR),
+                    leaves(probe(A.link_local()), NEIGHBOR),
+                    leaves(neighbor_solicitation(B, A.v6).to_address(&A.link_local().to_string()), NEIGHBOR),
+                    leaves(neighbor_solicitation(B, A.v6).to_address(&far.to_string()), FORGED),
+                    leaves(neighbor_solicitation(B, A.v6).to_address(groups[0]), FORGED),
+                    leaves(neighbor_solicitation(B, A.v6).to_address(groups[1]), FORGED),
+                    leaves(answer(A.v6), NEIGHBOR),
+                    leaves(answer(A.link_local()), NEIGHBOR),
+                    leaves(answer(address("ff02::1")), NEIGHBOR),
+                    leaves(answer(address(groups[0])), FORGED),
+                    leaves(unasked, FORGED),
+                    leaves(reserved, FORGED),
+                    leaves(routers(), NEIGHBOR),
+                    leaves(routers().to_address("fe80::1"), NEIGHBOR),
+                    leaves(routers().to_address(&far.to_string()), FORGED),
+                    leaves(router_advertisement(B), FORGED),
+                    leaves(redirect(B, A.v6, B.v6, X.v6), FORGED),
+                ],
+            );
+        }
     });
 }

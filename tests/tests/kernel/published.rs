@@ -164,6 +164,37 @@ fn only_what_begins_at_a_published_port_is_touched() {
     });
 }
 
+/// What the stack drops is not answered: the answer would go to a group, to this host itself, or to nobody.
+#[test]
+fn sources_that_the_stack_drops_are_left_to_it() {
+    isolated(|| {
+        let mut lab = Lab::new("in none");
+        publish(&mut lab, Deny::Reject);
+        let cards = |packet: Packet| packet.from_mac(X.mac).to_mac([2, 0, 0, 0, 0, 9]);
+        for (is_v4, source) in [
+            (true, "224.0.0.1"),
+            (true, "255.255.255.255"),
+            (true, "0.0.0.0"),
+            (true, "0.1.2.3"),
+            (true, "127.0.0.1"),
+            (false, "ff02::1"),
+            (false, "::"),
+            (false, "::1"),
+        ] {
+            check(&mut lab, &cards(syn(X, is_v4).from_address(source)), NEXT);
+            check(&mut lab, &cards(to_host(X, is_v4, udp(X, B)).from_address(source)), NEXT);
+        }
+        for is_v4 in [true, false] {
+            check(&mut lab, &syn(X, is_v4).from_mac([0xff; 6]), NEXT);
+            check(&mut lab, &syn(X, is_v4).from_mac([3, 0, 0, 0, 0, 1]), NEXT);
+            // On `lo` no frame has MAC addresses, and loopback addresses are at home.
+            let local = syn(X, is_v4).from_address(if is_v4 { "127.0.0.1" } else { "::1" });
+            assert_eq!(run(&mut lab, &local.clone().from_mac([0; 6]).frame()).0, REDIRECT);
+            check(&mut lab, &local, NEXT);
+        }
+    });
+}
+
 #[test]
 fn datagrams_vanish_either_way() {
     isolated(|| {

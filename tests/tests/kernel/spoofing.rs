@@ -7,7 +7,7 @@ use sg_common::verdict::{Drop, Pass, Verdict};
 use tests::cast::{A, B, C, X};
 use tests::lab::Lab;
 use tests::netns::{isolated, link};
-use tests::packets::{icmpv6, tcp, udp};
+use tests::packets::{Packet, icmpv6, tcp, udp};
 
 use crate::{arrives, leaves, run};
 
@@ -157,6 +157,55 @@ pub fn the_agent_s_proxy_is_known_by_its_mark() {
         );
         lab.configure(|config| config.proxy_mark = 0);
         run(&mut lab, "no proxy: mark 0 is nobody's", vec![arrives(tcp(X, B).ports(7, 22).syn(), Err(Drop::NoRule))]);
+    });
+}
+
+/// Nothing filters the proxy's flows, so an instance can't hold one open that the proxy has left.
+#[test]
+pub fn only_the_proxy_keeps_its_flows_alive() {
+    isolated(|| {
+        let mut lab = Lab::new("in none, out none");
+        lab.configure(|config| config.proxy_mark = 0x5157);
+        let established = Ok(Pass::Established);
+        let arrive = |lab: &mut Lab, packet: &Packet, expected| {
+            lab.mark = 0x5157;
+            assert_eq!(lab.to(B, packet), expected, "SG-3.5: {packet:?}");
+            lab.mark = 0;
+        };
+        let datagram = || udp(X, B);
+        arrive(&mut lab, &datagram(), Ok(Pass::Proxied));
+        for _ in 0..4 {
+            run(&mut lab, "SG-3.5: an answer", vec![leaves(datagram().reply(), established)]);
+            lab.advance(20_000);
+            arrive(&mut lab, &datagram(), established);
+        }
+        // 180 seconds for a stream.
+        for _ in 0..17 {
+            lab.advance(10_000);
+            run(&mut lab, "SG-3.5", vec![leaves(datagram().reply(), established)]);
+        }
+        lab.advance(11_000);
+        run(&mut lab, "SG-3.5: however often it answers", vec![leaves(datagram().reply(), Err(Drop::NoRule))]);
+
+        let client = || tcp(X, B).ports(40002, 22);
+        arrive(&mut lab, &client().syn(), Ok(Pass::Proxied));
+        run(&mut lab, "SG-3.5", vec![leaves(client().syn_ack().reply(), established)]);
+        arrive(&mut lab, &client().ack(), established);
+        arrive(&mut lab, &client().fin(), established);
+        // Half closed: 120 seconds. An end that is taken back would be a new state each time.
+        for _ in 0..11 {
+            lab.advance(10_000);
+            run(
+                &mut lab,
+                "SG-3.5",
+                vec![
+                    leaves(client().fin().reply(), established),
+                    leaves(client().ack().reply().payload(8), established),
+                ],
+            );
+        }
+        lab.advance(11_000);
+        run(&mut lab, "SG-3.5", vec![leaves(client().ack().reply().payload(8), Err(Drop::NoRule))]);
     });
 }
 
