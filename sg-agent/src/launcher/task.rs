@@ -258,7 +258,9 @@ impl Launcher {
             let missing: BTreeMap<String, String> =
                 tags.into_iter().filter(|(key, value)| launch.tags.get(key) != Some(value)).collect();
             let waits = self.untagged.get(&launch.instance).is_some_and(|(_, at)| at.elapsed() < BACK_OFF.1);
-            if !missing.is_empty() && !waits {
+            if missing.is_empty() {
+                self.untagged.remove(&launch.instance);
+            } else if !waits {
                 due.push((launch.instance.clone(), missing));
             }
         }
