@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
+use ::tests::lab::scope;
 use anyhow::{Context as _, Result, ensure};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use nix::net::if_::if_nametoindex;
@@ -21,7 +22,6 @@ use sg_agent::model::{
 use sg_agent::resolve::{Resolver, Settings, World};
 use sg_common::abi::{Config, RELATED_ERRORS};
 use sg_common::conntrack::State;
-use tests::lab::scope;
 
 use crate::load::processor_time;
 
@@ -334,7 +334,7 @@ impl Random {
 
     /// The next number below a limit.
     pub fn below(&mut self, limit: u64) -> u64 {
-        (u128::from(self.next()) * u128::from(limit) >> 64) as u64
+        ((u128::from(self.next()) * u128::from(limit)) >> 64) as u64
     }
 }
 
