@@ -255,7 +255,11 @@ impl Datagrams {
     }
 }
 
-fn processor_time() -> Result<f64> {
+/// Nanoseconds of processor time that this thread has taken, in the kernel and out of it.
+///
+/// # Errors
+/// The kernel's.
+pub fn processor_time() -> Result<f64> {
     let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
     Ok(time.tv_sec() as f64 * 1e9 + time.tv_nsec() as f64)
 }

@@ -122,10 +122,16 @@ impl Site {
     }
 
     /// Without segmentation offload each packet crosses the bridge by itself.
-    pub fn segment_by_hand(&self) {
+    ///
+    /// # Errors
+    /// ethtool's.
+    pub fn segment_by_hand(&self) -> Result<()> {
         for namespace in [self.client(), self.server()] {
-            namespace.ip("link set eth0 gso_max_segs 1");
+            let mut ethtool = namespace.command("ethtool");
+            let output = ethtool.args(["-K", "eth0", "tso", "off", "gso", "off"]).output().context("no ethtool")?;
+            ensure!(output.status.success(), "ethtool: {}", String::from_utf8_lossy(&output.stderr).trim());
         }
+        Ok(())
     }
 
     fn hook(&self, action: i32, names: &[&str], hooks: &[Hook]) -> Result<Vec<OwnedFd>> {

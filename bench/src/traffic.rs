@@ -71,7 +71,7 @@ pub fn bulk(recorder: &Recorder) -> Result<()> {
         let mut servers = Vec::new();
         for site in &sites {
             if !is_offloaded {
-                site.segment_by_hand();
+                site.segment_by_hand()?;
             }
             servers.push(Server::start(site.server(), site.allowed(), Service::Sink)?);
         }

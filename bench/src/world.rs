@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ::tests::lab::scope;
 use anyhow::{Context as _, Result, ensure};
@@ -23,25 +23,29 @@ use sg_agent::resolve::{Resolver, Settings, World};
 use sg_common::abi::{Config, RELATED_ERRORS};
 use sg_common::conntrack::State;
 
+use crate::load::processor_time;
+
 /// The first port that rules are about.
 pub const FIRST_PORT: u16 = 1_000;
 
 /// The group of [`spread_rules`].
 const SUBJECT: &str = "sg-subject";
 
-/// How long the agent itself took for a change.
+/// How long a change took, in milliseconds.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Timing {
-    /// From inventories to what each interface must enforce.
-    pub resolve: Duration,
-    /// From there to the kernel's maps; compiling is in it.
-    pub apply: Duration,
+    /// From inventories to what each interface must enforce; the agent's own processor time.
+    pub resolve: f64,
+    /// From there to the kernel's maps, compiling included; the same.
+    pub apply: f64,
+    /// Both by the clock on the wall: waiting for the kernel is in it.
+    pub wall: f64,
 }
 
 impl Timing {
-    /// Both, in milliseconds.
-    pub fn total(&self) -> f64 {
-        (self.resolve + self.apply).as_secs_f64() * 1e3
+    /// The agent's own time.
+    pub fn own(&self) -> f64 {
+        self.resolve + self.apply
     }
 }
 
@@ -82,11 +86,12 @@ impl Agent {
     /// The applier's.
     pub fn change(&mut self, change: impl FnOnce(&mut Inventory)) -> Result<Timing> {
         change(self.world.get_mut(&scope()).context("the only scope")?);
-        let started = Instant::now();
+        let (started, begun) = (Instant::now(), processor_time()?);
         let desired = self.resolver.resolve(&self.world, &scope(), &self.attachments);
-        let resolved = Instant::now();
+        let resolved = processor_time()?;
         let snapshot = self.applier.apply(&desired, true)?;
-        let timing = Timing { resolve: resolved - started, apply: resolved.elapsed() };
+        let (resolve, apply) = ((resolved - begun) / 1e6, (processor_time()? - resolved) / 1e6);
+        let timing = Timing { resolve, apply, wall: started.elapsed().as_secs_f64() * 1e3 };
         ensure!(is_whole(&snapshot), "not everything is enforced: {:?}", snapshot.warnings.first());
         self.applier.collect();
         Ok(timing)

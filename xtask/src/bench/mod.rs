@@ -106,6 +106,7 @@ fn set_up(sections: &[Section]) -> Result<Vec<(&'static str, PathBuf)>> {
     let is_traffic = |section: &Section| matches!(section, Section::Bulk | Section::Connections | Section::Small);
     if sections.iter().any(is_traffic) {
         tools.extend([deps::tool("nft", "nftables", WHY), deps::tool("iptables-legacy", "iptables", WHY)]);
+        tools.push(deps::tool("ethtool", "ethtool", "containers are measured without segmentation offload, too"));
     }
     deps::ensure_tools(&tools)?;
     deps::ensure_bpffs()?;
