@@ -40,5 +40,5 @@ pub fn command(deny: &Path, manifest: &str, what: &[&str]) -> Command {
 pub fn fetch(deny: &Path) -> Result<()> {
     let mut command = Command::new(deny);
     command.args(["fetch", "db"]).current_dir(workspace::root());
-    cmd::output(&mut command).map(drop)
+    cmd::stdout(&mut command).map(drop)
 }
