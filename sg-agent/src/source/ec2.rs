@@ -142,14 +142,12 @@ impl Ec2 {
 
     /// Reads what is wanted. All or nothing: one call that fails fails it.
     pub async fn inventory(&self, wanted: &Wanted) -> Result<Inventory, SourceError> {
-        let mut facts = match &wanted.instances {
-            None => self.everything().await?,
-            Some(instances) => {
-                let text = |ids: &mut dyn Iterator<Item = String>| ids.collect::<BTreeSet<_>>();
-                let instances = text(&mut instances.iter().map(ToString::to_string));
-                self.of(instances, text(&mut wanted.groups.iter().map(ToString::to_string)), wanted.extent).await?
-            }
-        };
+        let mut facts = self.facts(wanted).await?;
+        if is_torn(&facts) {
+            // Something changed between two answers. Once more, with nothing from before; what is so then is so.
+            self.doubt();
+            facts = self.facts(wanted).await?;
+        }
         if let Some(what) = facts.contradiction() {
             return Err(SourceError::Contradiction { source_name: self.endpoint(), what });
         }
@@ -158,6 +156,13 @@ impl Ec2 {
         let inventory = facts.inventory(self.quirks);
         self.tell_of_default_groups(&inventory);
         Ok(inventory)
+    }
+
+    async fn facts(&self, wanted: &Wanted) -> Result<Facts, SourceError> {
+        let Some(instances) = &wanted.instances else { return self.everything().await };
+        let text = |ids: &mut dyn Iterator<Item = String>| ids.collect::<BTreeSet<_>>();
+        let instances = text(&mut instances.iter().map(ToString::to_string));
+        self.of(instances, text(&mut wanted.groups.iter().map(ToString::to_string)), wanted.extent).await
     }
 
     async fn everything(&self) -> Result<Facts, SourceError> {
@@ -483,6 +488,13 @@ fn references(
 fn live_instances(reservations: &[wire::Reservation]) -> impl Iterator<Item = &wire::Instance> {
     let instances = reservations.iter().flat_map(|reservation| &reservation.instances);
     instances.filter(|instance| !convert::is_terminated(&instance.state))
+}
+
+/// Whether instances have groups and none of those is there, which no control plane lets happen: its answers are of
+/// different moments.
+fn is_torn(facts: &Facts) -> bool {
+    let instances = live_instances(facts.reservations.as_deref().unwrap_or_default());
+    facts.groups.is_empty() && instances.map(all_groups).any(|groups| !groups.is_empty())
 }
 
 fn all_groups(instance: &wire::Instance) -> BTreeSet<GroupId> {

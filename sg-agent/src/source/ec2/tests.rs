@@ -1,5 +1,8 @@
 //! Which calls an inventory takes, and that its parts come together.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
 use super::super::fake::{Fake, Reply, Request};
 use super::super::fixture;
 use super::*;
@@ -229,4 +232,29 @@ async fn a_group_that_is_gone_does_not_hide_the_others() {
     .await;
     let wanted = Wanted { instances: Some(["i-ff1051133a966d34b".into()].into()), ..Wanted::default() };
     assert!(ec2(&fake).inventory(&wanted).await.unwrap().groups.contains_key(&"sg-c4fac25716521a0ec".into()));
+}
+
+#[tokio::test]
+async fn answers_of_different_moments_are_asked_for_again() {
+    let instance = "<item><instanceId>i-1</instanceId><groupSet><item><groupId>sg-1</groupId></item></groupSet></item>";
+    let there = Arc::new(AtomicBool::new(true));
+    let moment = Arc::clone(&there);
+    let fake = Fake::start(move |request, _| {
+        let action = request.form["Action"].as_str();
+        let items = match action {
+            // It is gone as soon as it was told of, and its group with it.
+            "DescribeInstances" if moment.swap(false, Relaxed) => {
+                format!("<reservationSet><item><instancesSet>{instance}</instancesSet></item></reservationSet>")
+            }
+            "DescribeInstances" => "<reservationSet/>".to_owned(),
+            "DescribeSecurityGroups" => "<securityGroupInfo/>".to_owned(),
+            "DescribeNetworkInterfaces" => "<networkInterfaceSet/>".to_owned(),
+            _ => panic!("{action} isn't needed"),
+        };
+        Reply::ok(format!("<{action}Response>{items}</{action}Response>"))
+    })
+    .await;
+    let wanted = Wanted { instances: Some(["i-1".into()].into()), ..Wanted::default() };
+    let inventory = ec2(&fake).inventory(&wanted).await.unwrap();
+    assert!(inventory.instances.is_empty() && !there.load(Relaxed), "{inventory:?}");
 }
