@@ -443,7 +443,7 @@ fn a_control_plane_that_forgot_everything_takes_no_container_with_it() {
     stage.agent.wait();
     wait_for("the new one runs", || stage.launched.running().contains(&new.own).then_some(()));
     stage.agent.kill();
-    stage.agent.start();
+    stage.agent.start().wait();
     wait_for("it is told again", || stage.agent.status()["warnings"].to_string().contains("docker rm").then_some(()));
     assert_eq!(old.started(), started);
     stage.change("TerminateInstances", &new);
