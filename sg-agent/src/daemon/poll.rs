@@ -50,6 +50,8 @@ pub struct Poller {
     rules: Option<Instant>,
     success: Option<Instant>,
     error: Option<String>,
+    /// What the log last said of it, without the call that met it.
+    told: Option<String>,
 }
 
 impl Drop for Poller {
@@ -168,6 +170,7 @@ impl Poller {
             rules: None,
             success: None,
             error: None,
+            told: None,
         }
     }
 
@@ -212,6 +215,7 @@ impl Poller {
         self.attempt = Some(polled.began);
         match polled.result {
             Ok((scope, inventory)) => {
+                self.told = None;
                 if self.error.take().is_some() {
                     tracing::info!(source = %self.name, "answers again");
                 }
@@ -225,12 +229,15 @@ impl Poller {
             }
             Err(error) => {
                 let text = chain(&error);
-                if self.error.as_ref() != Some(&text) {
+                // An outage is told once, whichever call meets it.
+                let outage = error.action().map_or_else(|| text.clone(), |action| text.replace(action, "a call"));
+                if self.told.as_ref() != Some(&outage) {
                     let meanwhile = match self.success {
                         Some(_) => "the last good policy stands",
                         None => "until it answers, instances are denied everything",
                     };
                     tracing::warn!(source = %self.name, "{text}; {meanwhile}");
+                    self.told = Some(outage);
                 }
                 self.error = Some(text);
                 // Whoever isn't there may be another by the time that it is.

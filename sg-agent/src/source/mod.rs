@@ -191,6 +191,27 @@ pub enum SourceError {
     },
 }
 
+impl SourceError {
+    /// The call that failed, if one did.
+    pub fn action(&self) -> Option<&'static str> {
+        match self {
+            Self::Credentials { action, .. }
+            | Self::Unreachable { action, .. }
+            | Self::BrokenOff { action, .. }
+            | Self::TooLarge { action, .. }
+            | Self::Throttled { action, .. }
+            | Self::Answer { action, .. }
+            | Self::EndlessPages { action, .. } => Some(action),
+            Self::Setting { .. }
+            | Self::Client(_)
+            | Self::Contradiction { .. }
+            | Self::File { .. }
+            | Self::Json { .. }
+            | Self::EmptyFile { .. } => None,
+        }
+    }
+}
+
 /// A recorded answer of Moto 5.2.5.
 #[cfg(test)]
 macro_rules! fixture {
