@@ -88,6 +88,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds, help_heading = "Gateway")]
     pub commit_timeout: Duration,
 
+    /// Serve what 'status' says to Prometheus, at /metrics of this address
+    #[arg(long, value_name = "ADDR:PORT", help_heading = "Observation")]
+    pub metrics: Option<SocketAddr>,
+
     /// Don't give an emulator's default groups the rule that AWS's have (all traffic from themselves)
     #[arg(long, help_heading = "Rules")]
     pub no_default_self_rule: bool,

@@ -17,6 +17,7 @@ pub mod explain;
 pub mod gateway;
 pub mod launcher;
 pub mod live;
+pub mod metrics;
 pub mod model;
 pub mod oracle;
 pub mod privileges;

@@ -126,6 +126,7 @@ fn options(places: Places, args: RunArgs) -> Result<Options> {
         trust_proxy: args.trust_proxy,
         tell_client: args.proxy_protocol.is_some(),
         poll_interval: args.poll_interval,
+        metrics: args.metrics,
         gateway: (!args.no_gateway)
             .then_some(gateway::Options { address: args.gateway, commit_timeout: args.commit_timeout }),
         fresh_timeout: args.fresh_timeout,

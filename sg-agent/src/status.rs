@@ -252,13 +252,13 @@ impl Status {
     }
 }
 
-/// The name of a verdict's number; the number itself if programs are newer than this agent.
 /// Its addresses, then its delegated prefixes.
 fn own_addresses(interface: &Interface) -> Vec<String> {
     let addresses = interface.addresses.iter().map(ToString::to_string);
     addresses.chain(interface.prefixes.iter().map(ToString::to_string)).collect()
 }
 
+/// The name of a verdict's number; the number itself if programs are newer than this agent.
 fn reason_name(number: u8) -> String {
     let pass = Pass::from_number(number).map(Pass::name);
     let drop = Drop::from_number(number).map(Drop::name);

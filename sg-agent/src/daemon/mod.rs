@@ -13,10 +13,12 @@ mod pace;
 mod poll;
 mod pollers;
 mod report;
+mod scrape;
 mod state;
 mod verify;
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -98,6 +100,8 @@ pub struct Options {
     pub poll_interval: Duration,
     /// The gateway to the endpoint, if there is to be one.
     pub gateway: Option<gateway::Options>,
+    /// `--metrics`.
+    pub metrics: Option<SocketAddr>,
     /// How long a connection to a published port waits for rules that are stale.
     pub fresh_timeout: Duration,
     /// How the silent parts of the norm are read.
@@ -158,6 +162,9 @@ pub async fn run(options: Options) -> Result<()> {
     let shutdown = CancellationToken::new();
     let (events, mut inbox) = mpsc::channel(64);
     control::serve(options.places.socket(), events.clone(), shutdown.clone())?;
+    if let Some(address) = options.metrics {
+        scrape::serve(address, events.clone(), shutdown.clone()).await?;
+    }
     let (commits, mut committing) = mpsc::channel(64);
     let gateway = match &options.gateway {
         Some(wanted) => changes::open_gateway(wanted, &options.origins, commits, shutdown.clone()).await?,

@@ -134,7 +134,7 @@ pub enum GatewayError {
 }
 
 /// What the gateway counts, as `status` shows it.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct GatewayStatus {
     /// Where it listens.
     pub address: String,

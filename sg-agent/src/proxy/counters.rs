@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::publish::Published;
 
 /// One published port's counts. Those of what has happened only ever grow.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct PortCounters {
     /// Whose port.
     pub instance: String,

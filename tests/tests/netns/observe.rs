@@ -1,5 +1,8 @@
 //! What the agent says (`status`, `explain`) against what is so.
 
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+
 use tests::e2e::Lab;
 
 use crate::try_all;
@@ -110,4 +113,37 @@ fn the_status_has_everything_that_scripts_ask_for() {
     lab.change(|rules| rules.ingress("sg-b", &[]));
     assert!(lab.agent.status()["generation"].as_u64() > status["generation"].as_u64());
     assert_ne!(lab.agent.interface("i-b")["epoch"], interface["epoch"]);
+}
+
+#[test]
+fn the_metrics_count_what_the_status_counts() {
+    const PORT: u16 = 9464;
+    let mut lab = Lab::with(&["a", "b"])
+        .rules(|rules| rules.ingress("sg-b", &["tcp 22 10.0.1.0/24"]))
+        .arguments(&["--metrics", &format!("127.0.0.1:{PORT}")])
+        .start();
+    lab.serve("b", &[22]);
+    lab.tcp("a", "b", 22)[0].passes();
+    lab.tcp("a", "b", 23)[0].vanishes();
+    let scrape = |path: &str| {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, PORT)).expect("the agent listens");
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").expect("a request");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        answer
+    };
+    lab.world.host.run(|| {
+        let answer = scrape("/metrics");
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        let figure = |name: &str, labels: &[&str]| {
+            let is_it = |line: &&str| line.starts_with(name) && labels.iter().all(|label| line.contains(label));
+            let line = answer.lines().find(is_it).unwrap_or_else(|| panic!("{name} {labels:?} is not in {answer}"));
+            line.rsplit_once(' ').and_then(|(_, value)| value.parse::<f64>().ok()).expect("a number")
+        };
+        assert_eq!(figure("sg_agent_enforced ", &[]), 1.0);
+        assert_eq!(figure("sg_agent_interface_attached", &["i-b", "veth-b"]), 1.0);
+        let packets = |reason| figure("sg_agent_packets_total", &["i-b", "ingress", reason]);
+        assert!(packets("\"new\"") >= 1.0 && packets("\"no_rule\"") >= 1.0);
+        assert!(scrape("/").starts_with("HTTP/1.1 404 "));
+    });
 }
