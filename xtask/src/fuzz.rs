@@ -116,7 +116,8 @@ fn verdicts(number: u32) -> Result<Outcome> {
     }
     deps::ensure_tools(&[deps::IP]).and_then(|()| deps::ensure_bpffs())?;
     let program =
-        test::programs(&[PROPERTIES.to_owned()], if number < OPTIMIZED { &[] } else { &["--release"] })?.remove(0);
+        test::programs::build(&[PROPERTIES.to_owned()], if number < OPTIMIZED { &[] } else { &["--release"] })?
+            .remove(0);
     let directory = workspace::root().join("tests");
     let environment = [
         ("CARGO_MANIFEST_DIR", directory.clone().into_os_string()),
