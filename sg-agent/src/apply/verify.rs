@@ -14,7 +14,8 @@ use sg_common::abi::{
 
 use super::interfaces::own_key;
 use super::policies::{self, Usage, Written};
-use super::{Applier, ApplyError, exempt_key, members};
+use super::services::exempt_key;
+use super::{Applier, ApplyError, members};
 use crate::compile::Table;
 use crate::datapath::{DatapathError, Fault, Scan, absent_is_fine};
 
