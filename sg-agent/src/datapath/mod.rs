@@ -15,7 +15,7 @@ mod maps;
 mod pins;
 mod published;
 mod scan;
-mod sys;
+pub mod sys;
 mod trial;
 
 pub use attach::Hook;
@@ -24,6 +24,7 @@ pub use maps::{Maps, absent_is_fine};
 pub use pins::{DetachReport, Pins};
 pub use published::{Watch, Way};
 pub use scan::Scan;
+pub use trial::SkbContext;
 
 use std::collections::HashMap;
 use std::fs::File;
