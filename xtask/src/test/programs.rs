@@ -12,7 +12,7 @@ use crate::libtest::{self, Counts};
 use crate::{cmd, workspace};
 
 /// The test targets of a set: `kernel` and `kernel_*`, files or directories.
-pub fn targets(set: Set) -> Result<Vec<String>> {
+pub(super) fn targets(set: Set) -> Result<Vec<String>> {
     let directory = workspace::root().join(TESTS).join("tests");
     let mut names = Vec::new();
     if !directory.is_dir() {
@@ -35,7 +35,7 @@ pub fn targets(set: Set) -> Result<Vec<String>> {
 }
 
 /// The set that a test target is named after.
-pub fn set_of(target: &str) -> Option<Set> {
+pub(super) fn set_of(target: &str) -> Option<Set> {
     [Set::Kernel, Set::Netns, Set::Docker]
         .into_iter()
         .find(|set| target.strip_prefix(set.name()).is_some_and(|rest| rest.is_empty() || rest.starts_with('_')))
