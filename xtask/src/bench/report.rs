@@ -292,11 +292,10 @@ fn machine() -> Result<Vec<String>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn sample(figure: &str, at: f64, values: &[f64]) -> Line {
-        Line::Sample(Sample {
+impl Sample {
+    /// A point of a curve over the number of rules.
+    pub fn over_rules(figure: &str, at: f64, values: &[f64]) -> Self {
+        Self {
             section: "packet".into(),
             figure: figure.into(),
             variant: "IPv4".into(),
@@ -304,7 +303,16 @@ mod tests {
             axis: Some("rules".into()),
             at: Some(at),
             values: values.to_vec(),
-        })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(figure: &str, at: f64, values: &[f64]) -> Line {
+        Line::Sample(Sample::over_rules(figure, at, values))
     }
 
     fn report(builds: &[&str]) -> Report {
