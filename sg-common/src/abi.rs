@@ -35,6 +35,15 @@ impl Direction {
             Self::Egress => Self::Ingress,
         }
     }
+
+    /// Its name, as users read it.
+    #[inline(always)]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+        }
+    }
 }
 
 /// An attached interface (an ENI), by the index of its host-side link. Map `INTERFACES`.
