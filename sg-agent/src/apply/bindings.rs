@@ -75,7 +75,7 @@ impl Applier {
                 Some(bound) => bound.slot,
                 None => self.slots.take().expect("as many slots as `stage` counted"),
             };
-            self.maps.bindings.store(slot, u64::from(binding.policy) | u64::from(binding.epoch) << 32);
+            self.maps.bindings.store(slot, word(binding));
             self.tables.bindings.insert(slot, binding);
             self.tables.policies.insert(written.number, Arc::clone(&written.compiled));
             if let Some(old) = self.bound.insert(key, Bound { slot, spec, written }) {
@@ -111,4 +111,9 @@ impl Applier {
         let written = staying.chain(staged.iter().map(|(.., written)| written));
         written.flat_map(|written| written.compiled.referenced()).collect()
     }
+}
+
+/// A binding as the one word that it is in the map.
+pub(super) fn word(binding: Binding) -> u64 {
+    u64::from(binding.policy) | u64::from(binding.epoch) << 32
 }

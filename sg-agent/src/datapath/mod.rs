@@ -63,7 +63,15 @@ pub enum DatapathError {
     /// A map isn't in the object, or has another type.
     #[error("the eBPF object has no map '{0}' of the expected type: agent and programs are of different builds")]
     Map(&'static str),
-    /// A map operation failed.
+    /// A map can't be read.
+    #[error("cannot read map {map}: {error}")]
+    Read {
+        /// The map.
+        map: &'static str,
+        /// The kernel's answer.
+        error: aya::maps::MapError,
+    },
+    /// A map can't be written.
     #[error("cannot write map {map}: {error}")]
     Write {
         /// The map.
