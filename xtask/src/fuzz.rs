@@ -169,13 +169,7 @@ impl Fuzzer {
         }
         let toolchains = cmd::stdout(Command::new("rustup").args(["toolchain", "list"]))?;
         let Some(toolchain) = nightly(&toolchains) else { return Ok(Err(missing.to_owned())) };
-        let tools = workspace::target().join("tools");
-        if cmd::find("cargo-fuzz").is_none() && !cmd::is_executable(&tools.join("bin/cargo-fuzz")) {
-            ui::step("installing cargo-fuzz into target/tools: it builds and runs the libFuzzer targets");
-            let mut install = workspace::cargo();
-            install.env_remove("CARGO_TARGET_DIR").args(["install", "cargo-fuzz", "--locked", "--root"]).arg(&tools);
-            cmd::with_progress("cargo install cargo-fuzz", &mut install)?;
-        }
+        deps::cargo::ensure("cargo-fuzz", None, "it builds and runs the libFuzzer targets")?;
         Ok(Ok(Self { toolchain, directory: workspace::root().join("fuzz") }))
     }
 

@@ -105,7 +105,6 @@ impl Spread {
 /// Three digits that count.
 fn digits(value: f64) -> String {
     match value.abs() {
-        size if size >= 1_000.0 => format!("{value:.0}"),
         size if size >= 100.0 => format!("{value:.0}"),
         size if size >= 10.0 => format!("{value:.1}"),
         _ => format!("{value:.2}"),
