@@ -311,22 +311,26 @@ pub const CUT_ON_REVOKE: u32 = 1;
 /// Flag of [`Config`]: ICMP errors about tracked flows pass without a rule (SG-3.7, `--icmp-errors=related`).
 pub const RELATED_ERRORS: u32 = 2;
 
-/// Where the running kernel keeps what `__sk_buff` doesn't tell of a socket buffer: bytes from the start of its
-/// `struct sk_buff`. Global `SKB` of the programs, set when they are loaded.
+/// Where the running kernel keeps what `__sk_buff` doesn't tell of a socket buffer: within [`SKB_WINDOW`] bytes of its
+/// `struct sk_buff`, which are read in one go. Global `SKB` of the programs, set when they are loaded.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct SkbLayout {
+    /// Where those bytes begin, from the start of the structure. The others count from here.
+    pub window: u16,
     /// The byte with the two bits of the checksum's state.
     pub ip_summed: u16,
     /// How far up in that byte they are.
     pub ip_summed_shift: u16,
-    /// Where the checksum begins: 16 bits, from the buffer's head.
+    /// Where the checksum begins: 16 bits, from the buffer's head. Behind them are 16 bits that say where it is to be
+    /// written, from where it begins.
     pub csum_start: u16,
-    /// Where the checksum is to be written: 16 bits, from `csum_start`.
-    pub csum_offset: u16,
     /// Where the frame begins: 16 bits, from the buffer's head.
     pub mac_header: u16,
 }
+
+/// See [`SkbLayout`]; a power of two. The fields are 58 bytes apart in Linux 6.18.
+pub const SKB_WINDOW: usize = 64;
 
 #[cfg(feature = "user")]
 mod user {

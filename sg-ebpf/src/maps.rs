@@ -60,6 +60,9 @@ static PACKET: PerCpuArray<Packet> = PerCpuArray::with_max_entries(1, 0);
 /// The answer that is being written on this CPU.
 #[map]
 static ANSWER: PerCpuArray<[u8; LENGTH6]> = PerCpuArray::with_max_entries(1, 0);
+/// What was last read of a socket buffer on this CPU.
+#[map]
+static SKB_FIELDS: PerCpuArray<[u8; SKB_WINDOW]> = PerCpuArray::with_max_entries(1, 0);
 /// Packets of established flows, by `2 * eni + direction`: an array, because every one of them is counted.
 #[map]
 pub static ESTABLISHED: PerCpuArray<Count> = PerCpuArray::with_max_entries(2 * MAX_INTERFACES, 0);
@@ -190,6 +193,13 @@ pub fn judged() -> Option<&'static Packet> {
 pub fn answer() -> Option<&'static mut [u8; LENGTH6]> {
     // SAFETY: this CPU's own entry; programs on one CPU don't interrupt each other, and each takes it once.
     ANSWER.get_ptr_mut(0).map(|place| unsafe { &mut *place })
+}
+
+/// A place for the fields of a socket buffer.
+#[inline(always)]
+pub fn skb_fields() -> Option<&'static mut [u8; SKB_WINDOW]> {
+    // SAFETY: as above; nobody keeps it.
+    SKB_FIELDS.get_ptr_mut(0).map(|place| unsafe { &mut *place })
 }
 
 /// The BPF maps behind the decisions.

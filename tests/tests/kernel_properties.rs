@@ -44,6 +44,13 @@ fn runner(verdicts_in_a_case: usize) -> TestRunner {
     })
 }
 
+/// Says how many packets a property judged, for `cargo xtask fuzz` to add up.
+fn total(judged: &[usize]) -> usize {
+    let total = judged.iter().sum();
+    println!("packets judged: {total}");
+    total
+}
+
 /// A laboratory without services of its own: what is exempt is no rule's matter.
 fn bare() -> Lab {
     let mut lab = Lab::with("in none", Settings::default());
@@ -79,7 +86,7 @@ fn oracle_tables_and_kernel_agree_about_new_flows() {
             .unwrap_or_else(|failure| panic!("{failure}"));
         let judged = judged.into_inner();
         println!("denied by rules, by the ACL, new, untracked, other: {judged:?}");
-        let total: usize = judged.iter().sum();
+        let total = total(&judged);
         let hardly_comes = |&count: &usize| count <= total / 100;
         // A run that was made short says nothing about it.
         if total >= VERDICTS as usize {
@@ -188,7 +195,7 @@ fn kernel_and_memory_agree_on_arbitrary_bytes() {
             .unwrap_or_else(|failure| panic!("{failure}"));
         let passed = passed.into_inner();
         println!("dropped, passed: {passed:?}");
-        let total: usize = passed.iter().sum();
+        let total = total(&passed);
         assert!(passed.iter().all(|&count| count > total / 100), "one kind of verdict hardly comes: {passed:?}");
     });
 }

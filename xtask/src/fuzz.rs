@@ -5,18 +5,20 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use clap::{Args, ValueEnum};
 
-use crate::libtest::{self, Counts};
 use crate::ui::Progress;
 use crate::{cmd, deps, ebpf, test, ui, workspace};
 
 /// The test program with the properties, whose packets `SG_FUZZ_VERDICTS` numbers.
 const PROPERTIES: &str = "kernel_properties";
+
+/// Three to a CPU of a small machine.
+const PROCESSES: u32 = 6;
 
 /// From so many packets on an optimised build is the faster way.
 const OPTIMIZED: u32 = 1_000_000;
@@ -33,7 +35,7 @@ const MINIMIZING: u32 = 60;
 /// The command's options.
 #[derive(Args)]
 pub struct Options {
-    /// How many packets the properties judge, each of them
+    /// How many packets the properties judge at least
     #[arg(long, value_name = "N", default_value_t = 10_000_000)]
     verdicts: u32,
     /// How long each libFuzzer target runs
@@ -108,8 +110,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     Ok(code)
 }
 
-/// The properties, as root. Half of the time goes by in the kernel; of the other half an optimised build, which takes
-/// minutes itself, saves most.
+/// The properties, as root, in several processes: the kernel takes its time whenever rules change (RCU), and the other
+/// processes have the CPUs meanwhile. An optimised build, which takes minutes itself, saves most of what is left.
 fn verdicts(number: u32) -> Result<Outcome> {
     if let Err(error) = cmd::ensure_root("to load the programs that are held against the norm") {
         return Ok(Outcome::Skipped(format!("{error:#}")));
@@ -118,39 +120,63 @@ fn verdicts(number: u32) -> Result<Outcome> {
     let program =
         test::programs::build(&[PROPERTIES.to_owned()], if number < OPTIMIZED { &[] } else { &["--release"] })?
             .remove(0);
-    let directory = workspace::root().join("tests");
-    let environment = [
-        ("CARGO_MANIFEST_DIR", directory.clone().into_os_string()),
-        ("SG_FUZZ_VERDICTS", number.to_string().into()),
-        // A case that fails is made smaller, and each step would print one.
-        ("RUST_BACKTRACE", "0".into()),
-    ];
-    ui::step(&format!("judging {number} packets for each property: oracle, tables and kernel must agree"));
+    ui::step(&format!("judging {number} packets: oracle, tables and kernel must agree"));
     let known = std::fs::read(workspace::root().join(REGRESSIONS)).ok();
-    let log = workspace::run_dir()?.join("fuzz-verdicts.log");
-    let (stdout, stderr) = cmd::log_file(&log)?;
-    let mut command = cmd::as_root(program, environment);
-    command.current_dir(&directory).arg("--nocapture").stdin(Stdio::null()).stdout(stdout).stderr(stderr);
     let started = Instant::now();
-    let mut child = command.spawn().with_context(|| format!("cannot run {}", cmd::show(&command)))?;
-    let status = {
-        let mut progress = Progress::start("judging packets");
-        cmd::wait(&mut child, || progress.tick())?
-    };
-    let seconds = started.elapsed().as_secs_f64();
+    let each = number.div_ceil(PROCESSES);
+    let mut runs = (1..=PROCESSES).map(|name| Run::start(&program, each, name)).collect::<Result<Vec<_>>>()?;
+    let mut failed = Vec::new();
+    let mut progress = Progress::start("judging packets");
+    for run in &mut runs {
+        let status = cmd::wait(&mut run.child, || progress.tick())?;
+        if !status.success() {
+            failed.push(format!("{status}, see {}", run.log.display()));
+        }
+    }
+    drop(progress);
     cmd::check_interrupted()?;
-    if !status.success() {
-        eprintln!("{}", cmd::tail_of(&log));
+    if !failed.is_empty() {
+        runs.iter().for_each(|run| eprintln!("{}", cmd::tail_of(&run.log)));
         let kept = std::fs::read(workspace::root().join(REGRESSIONS)).ok() != known;
         let kept = if kept { format!("; the case is kept in {REGRESSIONS}: commit it") } else { String::new() };
-        return Ok(Outcome::Failed(format!("{status}, see {}{kept}", log.display())));
+        return Ok(Outcome::Failed(format!("{}{kept}", failed.join(", "))));
     }
-    let text = std::fs::read_to_string(&log).with_context(|| format!("cannot read {}", log.display()))?;
-    let mut counts = Counts::default();
-    text.lines().filter_map(libtest::summary).for_each(|summary| counts += summary);
-    ensure!(counts.passed > 0, "no property was run, see {}", log.display());
-    let total = f64::from(number) * f64::from(u32::try_from(counts.passed).unwrap_or(u32::MAX));
-    Ok(Outcome::Passed(format!("{} properties, {total:.0} packets, {:.0} a second", counts.passed, total / seconds)))
+    let judged = runs.iter().map(Run::judged).sum::<Result<u64>>()?;
+    ensure!(judged >= u64::from(number), "only {judged} packets were judged of {number}");
+    let seconds = started.elapsed().as_secs();
+    Ok(Outcome::Passed(format!("{judged} packets in {seconds} s, {} a second", judged / seconds.max(1))))
+}
+
+/// One process that judges packets.
+struct Run {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Run {
+    fn start(program: &Path, verdicts: u32, name: u32) -> Result<Self> {
+        let directory = workspace::root().join("tests");
+        let environment = [
+            ("CARGO_MANIFEST_DIR", directory.clone().into_os_string()),
+            ("SG_FUZZ_VERDICTS", verdicts.to_string().into()),
+            // A case that fails is made smaller, and each step would print one.
+            ("RUST_BACKTRACE", "0".into()),
+        ];
+        let log = workspace::run_dir()?.join(format!("fuzz-verdicts-{name}.log"));
+        let (stdout, stderr) = cmd::log_file(&log)?;
+        let mut command = cmd::as_root(program, environment);
+        command.current_dir(&directory).arg("--nocapture").stdin(Stdio::null()).stdout(stdout).stderr(stderr);
+        let child = command.spawn().with_context(|| format!("cannot run {}", cmd::show(&command)))?;
+        Ok(Self { child, log })
+    }
+
+    /// How many packets its properties judged, as they say themselves.
+    fn judged(&self) -> Result<u64> {
+        let text = std::fs::read_to_string(&self.log).with_context(|| format!("cannot read {}", self.log.display()))?;
+        let counts = text.lines().filter_map(|line| Some(line.split_once("packets judged: ")?.1));
+        let judged = counts.map(|count| count.parse::<u64>().with_context(|| format!("{count:?} is no count")));
+        judged.sum::<Result<u64>>().with_context(|| self.log.display().to_string())
+    }
 }
 
 /// cargo-fuzz with a nightly compiler.

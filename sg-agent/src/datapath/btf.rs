@@ -5,7 +5,7 @@
 use std::fs;
 use std::io::{Error, ErrorKind, Result};
 
-use sg_common::abi::SkbLayout;
+use sg_common::abi::{SKB_WINDOW, SkbLayout};
 
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 const MAGIC: u16 = 0xeb9f;
@@ -16,7 +16,8 @@ const KIND_UNION: u32 = 5;
 /// The offsets in this kernel.
 ///
 /// # Errors
-/// Where the kernel doesn't describe itself (`CONFIG_DEBUG_INFO_BTF`), or its `sk_buff` has no such field.
+/// Where the kernel doesn't describe itself (`CONFIG_DEBUG_INFO_BTF`), or its `sk_buff` has no such fields so close
+/// together.
 pub fn skb_layout() -> Result<SkbLayout> {
     let bytes = fs::read(VMLINUX).map_err(|error| Error::new(error.kind(), format!("{VMLINUX}: {error}")))?;
     let btf = Btf::parse(&bytes).ok_or_else(|| invalid("is not BTF"))?;
@@ -26,12 +27,22 @@ pub fn skb_layout() -> Result<SkbLayout> {
         u16::try_from(bits).map_err(|_| invalid(&format!("{field} of struct sk_buff is out of reach")))
     };
     let ip_summed = bits("ip_summed")?;
+    let [summed, start, offset, frame] =
+        [ip_summed, bits("csum_start")?, bits("csum_offset")?, bits("mac_header")?].map(|bits| bits / 8);
+    let window = summed.min(start).min(frame);
+    let end = summed.max(start + 3).max(frame + 1);
+    if offset != start + 2 || usize::from(end - window) >= SKB_WINDOW {
+        return Err(invalid(&format!(
+            "has ip_summed, csum_start, csum_offset and mac_header of struct sk_buff at {summed}, {start}, {offset} and \
+             {frame}, which the programs don't reach"
+        )));
+    }
     Ok(SkbLayout {
-        ip_summed: ip_summed / 8,
+        window,
+        ip_summed: summed - window,
         ip_summed_shift: ip_summed % 8,
-        csum_start: bits("csum_start")? / 8,
-        csum_offset: bits("csum_offset")? / 8,
-        mac_header: bits("mac_header")? / 8,
+        csum_start: start - window,
+        mac_header: frame - window,
     })
 }
 
@@ -171,7 +182,8 @@ mod tests {
     #[test]
     fn this_kernel_describes_its_socket_buffers() {
         let layout = skb_layout().unwrap();
-        assert_eq!(layout.csum_offset, layout.csum_start + 2, "{layout:?}");
-        assert!(layout.mac_header > layout.csum_start && layout.ip_summed > 0, "{layout:?}");
+        let last = layout.ip_summed.max(layout.csum_start + 3).max(layout.mac_header + 1);
+        assert!(usize::from(last) < SKB_WINDOW, "{layout:?}");
+        assert!(layout.window > 0 && layout.mac_header > layout.csum_start, "{layout:?}");
     }
 }
