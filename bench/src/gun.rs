@@ -6,7 +6,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
-use crate::bpf::{
+use tests::programs::{
     self, ARRAY, HASH, Insn, LOOKUP, PROGRAMS, Size, TAIL_CALL, add, and, call, exit, jump_if_greater, jump_if_zero,
     load, map, map_value, mov, mov_value, store,
 };
@@ -72,15 +72,15 @@ impl Gun {
     /// The kernel's.
     pub fn new(frame: Vec<u8>, ifindex: u32, is_source: bool, ends: &[End]) -> io::Result<Self> {
         let slots = ends.len().next_power_of_two().min(MOST);
-        let counter = bpf::create_map(ARRAY, 4, 8, 1)?;
-        let targets = bpf::create_map(PROGRAMS, 4, 4, 1)?;
-        let table = bpf::create_map(ARRAY, 4, END as u32, slots as u32)?;
+        let counter = programs::create_map(ARRAY, 4, 8, 1)?;
+        let targets = programs::create_map(PROGRAMS, 4, 4, 1)?;
+        let table = programs::create_map(ARRAY, 4, END as u32, slots as u32)?;
         for (slot, end) in (0..slots as u32).zip(ends.iter().cycle()) {
-            bpf::update(&table, &slot.to_ne_bytes(), &encode(end))?;
+            programs::update(&table, &slot.to_ne_bytes(), &encode(end))?;
         }
         let is_v4 = ends.first().is_none_or(|end| end.address.is_ipv4());
         let places = Places::of(is_v4, is_source);
-        let program = bpf::load_program(&program(places, slots, &counter, &table, &targets))?;
+        let program = programs::load_program(&program(places, slots, &counter, &table, &targets))?;
         Ok(Self { program, counter, targets, ifindex, frame, _ends: table })
     }
 
@@ -89,7 +89,7 @@ impl Gun {
     /// # Errors
     /// The kernel's.
     pub fn rewind(&self) -> io::Result<()> {
-        bpf::update(&self.counter, &0_u32.to_ne_bytes(), &0_u64.to_ne_bytes())
+        programs::update(&self.counter, &0_u32.to_ne_bytes(), &0_u64.to_ne_bytes())
     }
 
     /// Fires; nanoseconds a packet, the gun's own among them.
@@ -97,8 +97,8 @@ impl Gun {
     /// # Errors
     /// The kernel's.
     pub fn fire(&self, target: BorrowedFd<'_>, packets: u32) -> io::Result<f64> {
-        bpf::update(&self.targets, &0_u32.to_ne_bytes(), &target.as_raw_fd().to_ne_bytes())?;
-        bpf::test_run(&self.program, self.ifindex, &self.frame, packets)
+        programs::update(&self.targets, &0_u32.to_ne_bytes(), &target.as_raw_fd().to_ne_bytes())?;
+        programs::test_run(&self.program, self.ifindex, &self.frame, packets)
     }
 }
 
@@ -137,7 +137,7 @@ fn program(places: Places, slots: usize, counter: &OwnedFd, ends: &OwnedFd, targ
     all.push(jump_if_zero(0, rest as i16));
     all.extend(copy);
     all.extend(fire);
-    all.extend([mov_value(0, bpf::NEXT), exit()]);
+    all.extend([mov_value(0, programs::NEXT), exit()]);
     all
 }
 
@@ -157,12 +157,16 @@ impl Lookup {
     /// # Errors
     /// The kernel's.
     pub fn new(is_source: bool, ends: &[End]) -> io::Result<Self> {
-        let table =
-            bpf::create_map(HASH, KEY as u32, size_of::<sg_common::abi::Flow>() as u32, sg_common::abi::MAX_FLOWS)?;
+        let table = programs::create_map(
+            HASH,
+            KEY as u32,
+            size_of::<sg_common::abi::Flow>() as u32,
+            sg_common::abi::MAX_FLOWS,
+        )?;
         for end in ends {
             let mut key = [0; KEY];
             key[..END].copy_from_slice(&encode(end));
-            bpf::update(&table, &key, &[0; size_of::<sg_common::abi::Flow>()])?;
+            programs::update(&table, &key, &[0; size_of::<sg_common::abi::Flow>()])?;
         }
         let places = Places::of(ends.first().is_none_or(|end| end.address.is_ipv4()), is_source);
         let mut body = vec![mov_value(4, 0)];
@@ -178,8 +182,8 @@ impl Lookup {
         let mut all = vec![load(Size::Word, 7, 1, DATA.0), load(Size::Word, 2, 1, DATA.1)];
         all.extend([mov(3, 7), add(3, places.end), jump_if_greater(3, 2, body.len() as i16)]);
         all.extend(body);
-        all.extend([mov_value(0, bpf::NEXT), exit()]);
-        Ok(Self { program: bpf::load_program(&all)?, _map: table })
+        all.extend([mov_value(0, programs::NEXT), exit()]);
+        Ok(Self { program: programs::load_program(&all)?, _map: table })
     }
 
     /// The program.

@@ -1,7 +1,6 @@
 //! sg-agent's measurements: one section a run, or several. Prints what it measured as JSON lines; `cargo xtask bench`
 //! builds it, runs it as root and writes the report.
 
-mod bpf;
 mod change;
 mod gun;
 mod load;

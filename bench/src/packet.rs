@@ -9,12 +9,12 @@ use anyhow::{Result, ensure};
 use sg_common::abi::Direction;
 use sg_common::verdict::{Drop, Pass};
 
-use crate::bpf;
 use crate::gun::{End, Gun, Lookup};
 use crate::isolated;
 use crate::record::{Bound, Recorder, median, ratios};
 use crate::world::Agent;
 use subject::{Subject, agent};
+use tests::programs;
 
 /// New flows that are measured at once: few enough that as many fit beside a table that is nearly full.
 const BURST: u32 = 16_384;
@@ -87,7 +87,7 @@ pub fn run(recorder: &Recorder) -> Result<()> {
 }
 
 fn measure(recorder: &Recorder, agent: &mut Agent, shots: &mut [Shot]) -> Result<()> {
-    let null = bpf::returning(bpf::NEXT)?;
+    let null = programs::returning(programs::NEXT)?;
     for round in 0..recorder.rounds(24) {
         for shot in shots.iter_mut() {
             recorder.check()?;

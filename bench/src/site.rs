@@ -8,10 +8,9 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::process::Stdio;
 
 use ::tests::e2e::{Agent, Namespace, Rules, World};
+use ::tests::programs::{self, Hook};
 use anyhow::{Context as _, Result, ensure};
 use nix::net::if_::if_nametoindex;
-
-use crate::bpf::{self, Hook};
 
 /// The port that the last rule is about.
 pub const PORT: u16 = 7_000;
@@ -86,8 +85,8 @@ impl Site {
         let mut site = Self { filter, _agent: None, _links: Vec::new(), world };
         match filter {
             Filter::None => {}
-            Filter::Null => site._links = site.hook(bpf::NEXT, &["a", "b"], &[Hook::Ingress, Hook::Egress])?,
-            Filter::TcxDrop => site._links = site.hook(bpf::SHOT, &["b"], &[Hook::Egress])?,
+            Filter::Null => site._links = site.hook(programs::NEXT, &["a", "b"], &[Hook::Ingress, Hook::Egress])?,
+            Filter::TcxDrop => site._links = site.hook(programs::SHOT, &["b"], &[Hook::Egress])?,
             Filter::Ours(rules) => site._agent = Some(ours(&site.world, rules, &[])),
             Filter::Nft(rules) => site.feed("nft", &["-f", "-"], &nft(rules))?,
             Filter::NftSet(rules) => site.feed("nft", &["-f", "-"], &nft_set(rules))?,
@@ -135,13 +134,13 @@ impl Site {
     }
 
     fn hook(&self, action: i32, names: &[&str], hooks: &[Hook]) -> Result<Vec<OwnedFd>> {
-        let program = bpf::returning(action)?;
+        let program = programs::returning(action)?;
         self.world.host.run(|| {
             let mut links = Vec::new();
             for name in names {
                 let index = if_nametoindex(self.world.instance(name).link.as_str())?;
                 for hook in hooks {
-                    links.push(bpf::attach(program.as_fd(), index, *hook).context("TCX needs Linux 6.6")?);
+                    links.push(programs::attach(program.as_fd(), index, *hook).context("TCX needs Linux 6.6")?);
                 }
             }
             Ok(links)

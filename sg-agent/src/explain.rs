@@ -179,7 +179,7 @@ fn gate(snapshot: &Snapshot, at: (u32, &Enforced), direction: Direction, peer: I
         instance: interface.instance.clone(),
         eni: interface.eni.as_ref().map(ToString::to_string),
         link: interface.link.clone(),
-        direction: if direction == Direction::Ingress { "ingress" } else { "egress" }.into(),
+        direction: direction.name().into(),
         peer,
         allowed: verdict.is_ok(),
         reason,
@@ -300,7 +300,7 @@ pub fn question_text(protocol: u8, port: u16) -> String {
 }
 
 fn sentence(gate: &Gate, question: &Question, has_no_group: bool, rules_allow: bool) -> String {
-    let way = if gate.direction == "ingress" { "from" } else { "to" };
+    let way = if gate.direction == Direction::Ingress.name() { "from" } else { "to" };
     let what = format!("{} {} {way} {}", gate.direction, question_text(question.protocol, question.port), gate.peer);
     if gate.allowed {
         return match &gate.rule {

@@ -30,7 +30,8 @@ pub fn verify(applier: &mut Applier, query: &Query, explanation: &mut Explanatio
     for gate in &mut explanation.gates {
         let found = snapshot.interfaces.iter().find(|(_, enforced)| enforced.interface.link == gate.link);
         let Some((&ifindex, enforced)) = found else { continue };
-        let direction = if gate.direction == "ingress" { Direction::Ingress } else { Direction::Egress };
+        let is_ingress = gate.direction == Direction::Ingress.name();
+        let direction = if is_ingress { Direction::Ingress } else { Direction::Egress };
         let Some(own) = enforced.interface.addresses.iter().find(|own| own.is_ipv4() == gate.peer.is_ipv4()) else {
             continue;
         };

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::io::{self, IsTerminal as _};
 
 use comfy_table::{ContentArrangement, Table, presets};
+use sg_common::abi::Direction;
 
 use crate::datapath::DetachReport;
 use crate::explain::Explanation;
@@ -98,8 +99,8 @@ fn interfaces(interfaces: &[InterfaceStatus]) -> String {
         } else {
             format!("{} (NOT attached)", clean(&interface.link))
         };
-        let (passed_in, dropped_in) = totals(interface, "ingress");
-        let (passed_out, dropped_out) = totals(interface, "egress");
+        let (passed_in, dropped_in) = totals(interface, Direction::Ingress);
+        let (passed_out, dropped_out) = totals(interface, Direction::Egress);
         table.add_row([
             clean(&interface.instance),
             link,
@@ -124,10 +125,10 @@ fn interfaces(interfaces: &[InterfaceStatus]) -> String {
 }
 
 /// Packets that passed, and that were dropped.
-fn totals(interface: &InterfaceStatus, direction: &str) -> (u64, u64) {
+fn totals(interface: &InterfaceStatus, direction: Direction) -> (u64, u64) {
     let is_drop = |reason: &str| sg_common::verdict::Drop::ALL.iter().any(|drop| drop.name() == reason);
     let mut totals = (0, 0);
-    for (reason, count) in interface.counters.get(direction).into_iter().flatten() {
+    for (reason, count) in interface.counters.get(direction.name()).into_iter().flatten() {
         if is_drop(reason) {
             totals.1 += count.packets;
         } else {

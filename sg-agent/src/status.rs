@@ -193,8 +193,9 @@ impl Status {
             };
             let mut by_direction: BTreeMap<String, BTreeMap<String, Counter>> = BTreeMap::new();
             for (&(_, direction, reason), &count) in counters.iter().filter(|((eni, ..), _)| *eni == entry.eni) {
-                let direction = if direction == Direction::Ingress as u8 { "ingress" } else { "egress" };
-                let by_reason = by_direction.entry(direction.into()).or_default();
+                let is_ingress = direction == Direction::Ingress as u8;
+                let direction = if is_ingress { Direction::Ingress } else { Direction::Egress };
+                let by_reason = by_direction.entry(direction.name().into()).or_default();
                 by_reason.insert(reason_name(reason), count.into());
             }
             InterfaceStatus {

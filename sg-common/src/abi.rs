@@ -1,51 +1,20 @@
 //! The layout of every BPF map, shared by the programs and the agent.
 //!
 //! All types are `repr(C)`, without implicit padding, Rust enums or `bool`. Integers are in host byte order unless
-//! the field says otherwise. A change here changes [`LAYOUT`], which is checked before maps are adopted.
+//! the field says otherwise. A change here changes [`LAYOUT`], which is checked before maps are adopted. Here is what the
+//! agent writes; what packets write is `memory`'s, how much of all there can be `limits`'.
+
+mod limits;
+mod memory;
+
+pub use limits::*;
+pub use memory::*;
 
 use crate::addr::Address;
 
-/// The version of everything in this module. Bump it with every change of a type, a map or a number's meaning.
+/// The version of everything in this module and those below it. Bump it with every change of a type, a map or a number's
+/// meaning.
 pub const LAYOUT: u32 = 3;
-
-/// Interfaces that one agent can hold (the norm's 1,000 instances, with room for second interfaces).
-pub const MAX_INTERFACES: u32 = 2_048;
-/// Compiled policies that can exist at once, those being replaced included.
-pub const MAX_POLICIES: u32 = 4_096;
-/// Distinct group sets (and network ACLs) in use at once.
-pub const MAX_BINDINGS: u32 = 4_096;
-/// CIDR prefixes of all policies together, for each family.
-pub const MAX_PREFIXES: u32 = 262_144;
-/// Port prefixes of all policies together.
-pub const MAX_PORTS: u32 = 524_288;
-/// Group references of all policies together.
-pub const MAX_REFERENCES: u32 = 131_072;
-/// Words of 32 cells that all policies' matrices share (32 MiB).
-pub const MATRIX_WORDS: u32 = 4_194_304;
-/// Addresses of group members, counted once for each VPC that can refer to them.
-pub const MAX_MEMBERS: u32 = 65_536;
-/// Own addresses of all interfaces beyond the primary ones.
-pub const MAX_SECONDARIES: u32 = 65_536;
-/// Exempt services, counted once for each VPC.
-pub const MAX_EXEMPT: u32 = 16_384;
-/// Tracked flows. At this limit new ones are dropped (SG-3.6).
-pub const MAX_FLOWS: u32 = 262_144;
-/// Tracked flows of one interface, unless the agent is told otherwise ([`Config::allowance`]): an eighth of the table,
-/// so that one instance that floods leaves seven eighths to the others. More than Linux has ephemeral ports (28,232).
-pub const DEFAULT_ALLOWANCE: u32 = MAX_FLOWS / 8;
-/// Fragmented packets under way for each interface and direction; an older one with the same slot gives way, and its
-/// rest is dropped (SG-3.8). No interface takes another's.
-pub const FRAGMENT_SLOTS: u32 = 32;
-/// Fragmented packets under way.
-pub const MAX_FRAGMENTS: u32 = MAX_INTERFACES * 2 * FRAGMENT_SLOTS;
-/// (interface, direction, reason) triples that are counted.
-pub const MAX_COUNTERS: u32 = 65_536;
-/// Sockets of published ports: one for each address that a port is reached by.
-pub const MAX_PUBLISHED: u32 = 16_384;
-/// Published ports whose denied packets are counted.
-pub const MAX_PUBLISHED_PORTS: u32 = 4_096;
-/// Groups that one address can be in: AWS's highest quota (SG-1.14).
-pub const GROUPS_PER_MEMBER: usize = 16;
 
 /// As seen from the interface: what arrives, or what leaves.
 #[repr(u8)]
@@ -64,6 +33,15 @@ impl Direction {
         match self {
             Self::Ingress => Self::Egress,
             Self::Egress => Self::Ingress,
+        }
+    }
+
+    /// Its name, as users read it.
+    #[inline(always)]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
         }
     }
 }
@@ -228,8 +206,8 @@ pub struct MemberKey {
 }
 const _: () = assert!(size_of::<MemberKey>() == 20);
 
-/// The groups that an address (or delegated prefix) is in, as far as any rule refers to them, and its subnet if that has an ACL. One write
-/// changes a membership for every policy at once.
+/// The groups that an address (or delegated prefix) is in, as far as any rule refers to them, and its subnet if that has
+/// an ACL. One write changes a membership for every policy at once.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Member {
@@ -242,7 +220,8 @@ pub struct Member {
 }
 const _: () = assert!(size_of::<Member>() == 8 + 4 * GROUPS_PER_MEMBER);
 
-/// Key of the map `SECONDARIES`: an interface's own address that is not a primary one, or its delegated prefix. Its value is 1.
+/// Key of the map `SECONDARIES`: an interface's own address that is not a primary one, or its delegated prefix. Its value
+/// is 1.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct OwnKey {
@@ -303,138 +282,6 @@ const _: () = assert!(size_of::<PublishedPort>() == 12);
 /// Flag of [`PublishedPort`]: denied TCP clients are reset; otherwise their packets vanish (SG-7.1).
 pub const REJECT: u16 = 1;
 
-/// Key of the map `FLOWS`: one flow of one interface, the same for both directions.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct FlowKey {
-    /// The interface's number: what a neighbour sends can't touch another's flows.
-    pub eni: u32,
-    /// The address on the instance's side.
-    pub local: Address,
-    /// The peer's address.
-    pub remote: Address,
-    /// The instance's port, or an ICMP query's identifier.
-    pub local_port: u16,
-    /// The peer's port, or an ICMP query's kind.
-    pub remote_port: u16,
-    /// The protocol.
-    pub protocol: u8,
-    /// For ICMP queries who asked, as a [`Direction`]; 0 for the rest. A ping and a ping back are two flows.
-    pub asker: u8,
-    /// Zero.
-    pub pad: [u8; 2],
-}
-const _: () = assert!(size_of::<FlowKey>() == 44);
-
-/// A tracked flow.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Flow {
-    /// When it was last refreshed, in nanoseconds of the programs' clock.
-    pub seen: u64,
-    /// The group policy's epoch under which it was last judged.
-    pub groups: u32,
-    /// The network ACL's epoch under which it was last judged.
-    pub acl: u32,
-    /// [`Config::world`] when it was last judged.
-    pub world: u32,
-    /// TCP, with [`ACKNOWLEDGED`]: how far the instance has acknowledged what it received, roughly.
-    pub acknowledged: u32,
-    /// [`ORIGIN_EGRESS`] and the other flags of a flow.
-    pub flags: u16,
-    /// A [`crate::conntrack::State`].
-    pub state: u8,
-    /// Zero.
-    pub pad: [u8; 5],
-}
-const _: () = assert!(size_of::<Flow>() == 32);
-
-/// Flag of [`Flow`]: the instance began it.
-pub const ORIGIN_EGRESS: u16 = 1;
-/// Flag of [`Flow`]: the ACL was asked about its ingress in this epoch, and allows it.
-pub const ACL_INGRESS: u16 = 2;
-/// Flag of [`Flow`]: the ACL was asked about its egress in this epoch, and allows it.
-pub const ACL_EGRESS: u16 = 4;
-/// Flag of [`Flow`]: neither groups nor ACLs apply (an exempt service, or the agent's proxy).
-pub const UNFILTERED: u16 = 8;
-/// Flag of [`Flow`]: TCP, a FIN came from its origin's side.
-pub const FIN_ORIGIN: u16 = 16;
-/// Flag of [`Flow`]: TCP, a FIN came from the other side.
-pub const FIN_REPLY: u16 = 32;
-/// Flag of [`Flow`]: TCP, after a RST its origin's side went on as if nothing had happened.
-pub const ALIVE_ORIGIN: u16 = 64;
-/// Flag of [`Flow`]: TCP, after a RST the other side went on.
-pub const ALIVE_REPLY: u16 = 128;
-/// Flag of [`Flow`]: it was picked up in the middle, and may as well have begun in the other direction (SG-3.9).
-pub const EITHER_ORIGIN: u16 = 256;
-/// Flag of [`Flow`]: TCP, the instance has acknowledged something.
-pub const ACKNOWLEDGED: u16 = 512;
-
-/// A fragmented packet of which the first fragment passed.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct FragmentKey {
-    /// The interface's number.
-    pub eni: u32,
-    /// The packet's source.
-    pub source: Address,
-    /// The packet's destination.
-    pub destination: Address,
-    /// Its identification (16 bits for IPv4, 32 for IPv6), in network order.
-    pub id: u32,
-    /// Its protocol (IPv4 only; RFC 8200 leaves it out of the key).
-    pub protocol: u8,
-    /// A [`Direction`].
-    pub direction: u8,
-    /// Zero.
-    pub pad: [u8; 2],
-}
-const _: () = assert!(size_of::<FragmentKey>() == 44);
-
-impl FragmentKey {
-    /// Where it stands in `FRAGMENTS`. A sender counts its packets, so those that it sends together have slots of their
-    /// own.
-    #[inline(always)]
-    pub const fn slot(&self) -> FragmentSlot {
-        let mut mixed = self.id ^ self.source.0[3] ^ self.destination.0[3] ^ self.protocol as u32;
-        mixed ^= mixed >> 16;
-        mixed ^= mixed >> 8;
-        FragmentSlot { eni: self.eni, slot: self.direction as u32 * FRAGMENT_SLOTS + mixed % FRAGMENT_SLOTS }
-    }
-}
-
-/// Key of the map `FRAGMENTS`: a place for one fragmented packet.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct FragmentSlot {
-    /// The interface's number.
-    pub eni: u32,
-    /// Which of the interface's places.
-    pub slot: u32,
-}
-const _: () = assert!(size_of::<FragmentSlot>() == 8);
-
-/// The packet that has the place.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Fragment {
-    /// Which packet.
-    pub key: FragmentKey,
-    /// Where its transport header ends, in units of 8 bytes of the packet's fragmentable part.
-    pub header_end: u32,
-    /// When the first fragment passed, in nanoseconds of the programs' clock.
-    pub seen: u64,
-    /// The group policy's epoch under which it did.
-    pub groups: u32,
-    /// [`Config::world`] when it did.
-    pub world: u32,
-}
-const _: () = assert!(size_of::<Fragment>() == 64);
-
-/// How long after the first fragment the rest may come, in nanoseconds: as long as Linux waits for it
-/// (`IP_FRAG_TIME`). RFC 791 gives it 15 s at first, RFC 8200 60 s; a receiver that waits longer gets no more of it.
-pub const FRAGMENT_LIFETIME: u64 = 30_000_000_000;
-
 /// Settings of one agent. Map `CONFIG`, one entry.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -463,32 +310,6 @@ const _: () = assert!(size_of::<Config>() == 128);
 pub const CUT_ON_REVOKE: u32 = 1;
 /// Flag of [`Config`]: ICMP errors about tracked flows pass without a rule (SG-3.7, `--icmp-errors=related`).
 pub const RELATED_ERRORS: u32 = 2;
-
-/// Key of the per-CPU map `REASONS`.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct ReasonKey {
-    /// The interface's number; [`u32::MAX`] where it is unknown.
-    pub eni: u32,
-    /// A [`Direction`].
-    pub direction: u8,
-    /// [`crate::verdict::number`].
-    pub reason: u8,
-    /// Zero.
-    pub pad: u16,
-}
-const _: () = assert!(size_of::<ReasonKey>() == 8);
-
-/// Packets and their bytes (of the whole frame).
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Count {
-    /// Packets.
-    pub packets: u64,
-    /// Bytes.
-    pub bytes: u64,
-}
-const _: () = assert!(size_of::<Count>() == 16);
 
 /// Where the running kernel keeps what `__sk_buff` doesn't tell of a socket buffer: within [`SKB_WINDOW`] bytes of its
 /// `struct sk_buff`, which are read in one go. Global `SKB` of the programs, set when they are loaded.
@@ -546,5 +367,4 @@ mod user {
         SkbLayout,
         Address,
     );
-    use crate::addr::Address;
 }

@@ -329,23 +329,16 @@ impl Crossing<'_> {
         if is_allowed { Ok(()) } else { Err(Drop::Acl) }
     }
 
-    /// The groups' rules: allowed or not, and if allowed, tracked or not (SG-2.1, SG-3.2).
+    /// The groups' rules: allowed or not, and if allowed, how its flow is kept.
     #[inline(always)]
     fn by_rules<T: Tables>(&self, tables: &T) -> Result<Admission, Drop> {
         let packet = self.packet;
-        let here = abi::table(self.groups.policy, self.direction);
-        let there = abi::table(self.groups.policy, self.direction.reverse());
-        let forth = tables.policy(here).ok_or(Drop::Inconsistent)?;
-        let back = tables.policy(there).ok_or(Drop::Inconsistent)?;
-        let matched = tables.matches(here, self.interface.vpc, &self.query());
-        if matched == Match::None {
-            return Err(Drop::NoRule);
-        }
         let untracked = Admission { pass: Pass::Untracked, keep: Keep::Nothing };
-        let free = abi::free_replies(packet.is_v4(), packet.protocol);
-        if matched == Match::Any && back.flags & free != 0 {
+        let (_, verdict) = policy::begins_by_rules(tables, self.interface, self.groups, self.direction, &self.query());
+        if verdict? == Pass::Untracked {
             return Ok(untracked);
         }
+        let free = abi::free_replies(packet.is_v4(), packet.protocol);
         if is_icmp_answer(packet) {
             return Ok(Admission { pass: Pass::New, keep: Keep::Nothing });
         }
@@ -353,6 +346,8 @@ impl Crossing<'_> {
             return Ok(Admission { pass: Pass::New, keep: Keep::From(self.direction) });
         }
         // TCP or UDP that may as well belong to a flow from the other side: what do the rules say of that one?
+        let there = abi::table(self.groups.policy, self.direction.reverse());
+        let forth = tables.policy(abi::table(self.groups.policy, self.direction)).ok_or(Drop::Inconsistent)?;
         let reverse = Query { peer: self.peer(), protocol: packet.protocol, port: packet.source_port };
         let reversed = tables.matches(there, self.interface.vpc, &reverse);
         if reversed == Match::Any && forth.flags & free != 0 {

@@ -149,6 +149,27 @@ pub struct Packet {
 }
 
 impl Packet {
+    /// A whole packet from the first address to the second one, of which nothing else is known yet.
+    #[inline(always)]
+    const fn between((source, destination): (Address, Address), protocol: u8, transport: u32) -> Self {
+        Self {
+            source,
+            destination,
+            protocol,
+            tcp_flags: 0,
+            source_port: 0,
+            destination_port: 0,
+            part: Part::Whole,
+            fragment_id: 0,
+            sequence: 0,
+            acknowledgment: 0,
+            fragment_offset: 0,
+            transport,
+            transport_length: 0,
+            transport_header: 0,
+        }
+    }
+
     /// Whether it is an IPv4 packet.
     #[inline(always)]
     pub const fn is_v4(&self) -> bool {
@@ -239,20 +260,11 @@ fn ipv4(frame: &impl Frame, start: u32) -> Result<Packet, Drop> {
     let (offset, more) = (fragment & 0x1fff, fragment & 0x2000 != 0);
     let part = part(offset, more);
     Ok(Packet {
-        source: Address::v4([h[12], h[13], h[14], h[15]]),
-        destination: Address::v4([h[16], h[17], h[18], h[19]]),
-        protocol: h[9],
-        tcp_flags: 0,
-        source_port: 0,
-        destination_port: 0,
-        sequence: 0,
-        acknowledgment: 0,
         part,
         fragment_id: if matches!(part, Part::Whole) { 0 } else { u32::from_ne_bytes([h[4], h[5], 0, 0]) },
         fragment_offset: if matches!(part, Part::First) { JUDGED.div_ceil(8) as u16 } else { offset },
-        transport: start + header,
         transport_length: total - header,
-        transport_header: 0,
+        ..Packet::between(ipv4_addresses(&h), h[9], start + header)
     })
 }
 
@@ -308,26 +320,7 @@ fn ipv6(frame: &impl Frame, start: u32) -> Result<Packet, Drop> {
     if h[0] >> 4 != 6 || end > available {
         return Err(Drop::Malformed);
     }
-    let mut source = [0; 16];
-    let mut destination = [0; 16];
-    source.copy_from_slice(&h[8..24]);
-    destination.copy_from_slice(&h[24..40]);
-    let mut packet = Packet {
-        source: Address::v6(source),
-        destination: Address::v6(destination),
-        protocol: h[6],
-        tcp_flags: 0,
-        source_port: 0,
-        destination_port: 0,
-        sequence: 0,
-        acknowledgment: 0,
-        part: Part::Whole,
-        fragment_id: 0,
-        fragment_offset: 0,
-        transport: start + 40,
-        transport_length: 0,
-        transport_header: 0,
-    };
+    let mut packet = Packet::between(ipv6_addresses(&h), h[6], start + 40);
     let end = start + end;
     let mut fragmentable = 0;
     for _ in 0..MAX_EXTENSIONS {
@@ -370,6 +363,22 @@ fn ipv6(frame: &impl Frame, start: u32) -> Result<Packet, Drop> {
         }
     }
     Err(Drop::ExtensionHeaders)
+}
+
+/// An IPv4 header's source and destination.
+#[inline(always)]
+const fn ipv4_addresses(h: &[u8; 20]) -> (Address, Address) {
+    (Address::v4([h[12], h[13], h[14], h[15]]), Address::v4([h[16], h[17], h[18], h[19]]))
+}
+
+/// An IPv6 header's source and destination.
+#[inline(always)]
+fn ipv6_addresses(h: &[u8; 40]) -> (Address, Address) {
+    let mut source = [0; 16];
+    let mut destination = [0; 16];
+    source.copy_from_slice(&h[8..24]);
+    destination.copy_from_slice(&h[24..40]);
+    (Address::v6(source), Address::v6(destination))
 }
 
 #[inline(always)]
@@ -441,42 +450,22 @@ pub fn quoted(frame: &impl Frame, error: &Packet) -> Result<Packet, Drop> {
     let start = error.transport + 8;
     let is_v4 = error.is_v4();
     let head: [u8; 20] = frame.load(start).ok_or(Drop::Malformed)?;
-    let (protocol, source, destination, at) = if is_v4 {
+    let (addresses, protocol, at) = if is_v4 {
         // Not `ipv4`: the quote is cut short, so its total length says nothing.
         let header = (head[0] & 0x0f) as u32 * 4;
         let fragment = u16::from_be_bytes([head[6], head[7]]);
         if head[0] >> 4 != 4 || header < 20 || fragment & 0x1fff != 0 {
             return Err(Drop::Malformed);
         }
-        let source = Address::v4([head[12], head[13], head[14], head[15]]);
-        (head[9], source, Address::v4([head[16], head[17], head[18], head[19]]), start + header)
+        (ipv4_addresses(&head), head[9], start + header)
     } else {
         let h: [u8; 40] = frame.load(start).ok_or(Drop::Malformed)?;
         if h[0] >> 4 != 6 {
             return Err(Drop::Malformed);
         }
-        let mut source = [0; 16];
-        let mut destination = [0; 16];
-        source.copy_from_slice(&h[8..24]);
-        destination.copy_from_slice(&h[24..40]);
-        (h[6], Address::v6(source), Address::v6(destination), start + 40)
+        (ipv6_addresses(&h), h[6], start + 40)
     };
-    let mut quote = Packet {
-        source,
-        destination,
-        protocol,
-        tcp_flags: 0,
-        source_port: 0,
-        destination_port: 0,
-        sequence: 0,
-        acknowledgment: 0,
-        part: Part::Whole,
-        fragment_id: 0,
-        fragment_offset: 0,
-        transport: at,
-        transport_length: 8,
-        transport_header: 0,
-    };
+    let mut quote = Packet { transport_length: 8, ..Packet::between(addresses, protocol, at) };
     if at + 8 > error.transport + error.transport_length {
         return Err(Drop::Malformed);
     }

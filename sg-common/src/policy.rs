@@ -170,7 +170,7 @@ pub fn acl_allows<T: Tables>(
 /// On the way in the ACL comes first, on the way out last (SG-5.2); the reason is that of the first to deny.
 #[inline(always)]
 pub fn begins<T: Tables>(tables: &T, interface: &Interface, direction: Direction, query: &Query) -> (Match, Verdict) {
-    let (matched, by_rules) = begins_by_rules(tables, interface, direction, query);
+    let (matched, by_rules) = begins_by_rules(tables, interface, tables.binding(interface.groups), direction, query);
     let by_acl =
         || interface.acl == 0 || acl_allows(tables, interface, tables.binding(interface.acl), direction, query);
     let verdict = match direction {
@@ -183,13 +183,13 @@ pub fn begins<T: Tables>(tables: &T, interface: &Interface, direction: Direction
 
 /// The groups' rules: allowed or not, and if allowed, tracked or not (SG-2.1, SG-3.2).
 #[inline(always)]
-fn begins_by_rules<T: Tables>(
+pub fn begins_by_rules<T: Tables>(
     tables: &T,
     interface: &Interface,
+    groups: Binding,
     direction: Direction,
     query: &Query,
 ) -> (Match, Verdict) {
-    let groups = tables.binding(interface.groups);
     let here = abi::table(groups.policy, direction);
     let Some(back) = tables.policy(abi::table(groups.policy, direction.reverse())) else {
         // Policy 0 is that of those who have none; the kernel's is there, and empty.

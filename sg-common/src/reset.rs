@@ -1,7 +1,7 @@
 //! The TCP reset that answers a SYN (RFC 9293, 3.10.7.1), as bytes: what a closed port would say. Sends nothing.
 
 use crate::addr::Address;
-use crate::packet::{ACK, ETHERNET, Ethernet, FIN, Frame, Packet, RST, TCP};
+use crate::packet::{ACK, ETHERNET, Ethernet, FIN, Packet, RST, TCP};
 
 /// Bytes of the frame over IPv4.
 pub const LENGTH4: usize = ETHERNET as usize + 20 + 20;
@@ -25,24 +25,15 @@ pub enum Checksum {
 
 /// Writes the reset that answers a SYN: no sequence number, and everything that the SYN carried is acknowledged. It takes
 /// [`LENGTH4`] or [`LENGTH6`] bytes, by the SYN's family.
-///
-/// `None` where the SYN can't be read.
 // VERIFIER: "combined stack size of 2 calls is 704" (6.18) where the headers are put together on the stack.
 #[inline(always)]
-pub fn write(
-    frame: &impl Frame,
-    ethernet: &Ethernet,
-    syn: &Packet,
-    checksum: Checksum,
-    to: &mut [u8; LENGTH6],
-) -> Option<()> {
+pub fn write(ethernet: &Ethernet, syn: &Packet, checksum: Checksum, to: &mut [u8; LENGTH6]) {
     to[..6].copy_from_slice(&ethernet.source);
     to[6..12].copy_from_slice(&ethernet.destination);
     to[12..14].copy_from_slice(&ethernet.ethertype.to_be_bytes());
-    let sequence = u32::from_be_bytes(frame.load(syn.transport + 4)?);
     let payload = syn.transport_length.wrapping_sub(syn.transport_header);
     let fin = if syn.tcp_flags & FIN == 0 { 0 } else { 1 };
-    let acknowledged = sequence.wrapping_add(payload).wrapping_add(1 + fin);
+    let acknowledged = syn.sequence.wrapping_add(payload).wrapping_add(1 + fin);
     let pseudo = sum(&syn.source) + sum(&syn.destination) + TCP as u32 + 20;
     let check = match checksum {
         Checksum::Later => fold(pseudo),
@@ -58,7 +49,6 @@ pub fn write(
         ipv6(syn, to);
         tcp(syn, acknowledged, check, &mut to[54..74]);
     }
-    Some(())
 }
 
 #[inline(always)]

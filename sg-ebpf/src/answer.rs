@@ -60,9 +60,7 @@ pub fn reset_skb(frame: &SkbFrame, denied: &Denied) -> i32 {
         _ => return TC_ACT_SHOT as i32,
     };
     let Some(bytes) = maps::answer() else { return TC_ACT_SHOT as i32 };
-    if reset::write(frame, &denied.ethernet, packet, checksum, bytes).is_none() {
-        return TC_ACT_SHOT as i32;
-    }
+    reset::write(&denied.ethernet, packet, checksum, bytes);
     let replaced = if packet.is_v4() { replace_skb(frame, bytes, LENGTH4) } else { replace_skb(frame, bytes, LENGTH6) };
     // SAFETY: the helper takes integers.
     if replaced { unsafe { bpf_redirect(frame.ifindex(), 0) as i32 } } else { TC_ACT_SHOT as i32 }
@@ -90,9 +88,7 @@ fn replace_skb(frame: &SkbFrame, bytes: &[u8; LENGTH6], length: usize) -> bool {
 #[inline(never)]
 pub fn reset_xdp(frame: &XdpFrame, denied: &Denied) -> u32 {
     let Some(bytes) = maps::answer() else { return XDP_DROP };
-    if reset::write(frame, &denied.ethernet, denied.packet, Checksum::Here, bytes).is_none() {
-        return XDP_DROP;
-    }
+    reset::write(&denied.ethernet, denied.packet, Checksum::Here, bytes);
     let replaced =
         if denied.packet.is_v4() { replace_xdp::<LENGTH4>(frame, bytes) } else { replace_xdp::<LENGTH6>(frame, bytes) };
     if replaced { XDP_TX } else { XDP_DROP }

@@ -44,6 +44,12 @@ pub fn sweep(_ctx: TcContext) -> i32 {
     maps::sweep(Maps.now()) as i32
 }
 
+/// Drops everything. It stands in for a moment where programs have to change places.
+#[classifier]
+pub fn closed(_ctx: TcContext) -> i32 {
+    TC_ACT_SHOT as i32
+}
+
 /// TCX ingress (or clsact ingress) of a link by which clients of published ports come.
 #[classifier]
 pub fn published(ctx: TcContext) -> i32 {
@@ -81,12 +87,6 @@ pub fn published_xdp(ctx: XdpContext) -> u32 {
 #[inline(always)]
 fn is_reset(denied: &Denied) -> bool {
     denied.port.flags & REJECT != 0 && denied.packet.protocol == TCP
-}
-
-/// Drops everything. It stands in for a moment where programs have to change places.
-#[classifier]
-pub fn closed(_ctx: TcContext) -> i32 {
-    TC_ACT_SHOT as i32
 }
 
 #[inline(always)]

@@ -1,6 +1,7 @@
 //! What the tests of packets share: private namespaces, packets, the cast, the kernel's programs in a laboratory, and
-//! a copy of the whole pipeline in memory to hold against them; `bpf`, what root can do to all that; and `e2e`, the agent as its users start it. Asserts
-//! nothing of its own, but for `e2e`'s probes, which say what was expected of them.
+//! a copy of the whole pipeline in memory to hold against them; `programs`, others' programs, and `bpf`, what root can do
+//! to all that; and `e2e`, the agent as its users start it. Asserts nothing of its own, but for `e2e`'s probes, which say
+//! what was expected of them.
 
 pub mod bpf;
 pub mod cast;
@@ -8,5 +9,6 @@ pub mod e2e;
 pub mod lab;
 pub mod netns;
 pub mod packets;
+pub mod programs;
 pub mod reference;
 pub mod text;

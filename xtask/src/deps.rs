@@ -3,6 +3,7 @@
 
 pub mod audit;
 pub mod bpf;
+pub mod cargo;
 pub mod docker;
 pub mod python;
 

@@ -118,7 +118,8 @@ fn verdicts(number: u32) -> Result<Outcome> {
     }
     deps::ensure_tools(&[deps::IP]).and_then(|()| deps::ensure_bpffs())?;
     let program =
-        test::programs(&[PROPERTIES.to_owned()], if number < OPTIMIZED { &[] } else { &["--release"] })?.remove(0);
+        test::programs::build(&[PROPERTIES.to_owned()], if number < OPTIMIZED { &[] } else { &["--release"] })?
+            .remove(0);
     ui::step(&format!("judging {number} packets: oracle, tables and kernel must agree"));
     let known = std::fs::read(workspace::root().join(REGRESSIONS)).ok();
     let started = Instant::now();
@@ -194,13 +195,7 @@ impl Fuzzer {
         }
         let toolchains = cmd::stdout(Command::new("rustup").args(["toolchain", "list"]))?;
         let Some(toolchain) = nightly(&toolchains) else { return Ok(Err(missing.to_owned())) };
-        let tools = workspace::target().join("tools");
-        if cmd::find("cargo-fuzz").is_none() && !cmd::is_executable(&tools.join("bin/cargo-fuzz")) {
-            ui::step("installing cargo-fuzz into target/tools: it builds and runs the libFuzzer targets");
-            let mut install = workspace::cargo();
-            install.env_remove("CARGO_TARGET_DIR").args(["install", "cargo-fuzz", "--locked", "--root"]).arg(&tools);
-            cmd::with_progress("cargo install cargo-fuzz", &mut install)?;
-        }
+        deps::cargo::ensure("cargo-fuzz", None, "it builds and runs the libFuzzer targets")?;
         Ok(Ok(Self { toolchain, directory: workspace::root().join("fuzz") }))
     }
 

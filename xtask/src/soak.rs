@@ -28,7 +28,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let directory = workspace::root().join("tests");
     let Options { restarts, flips } = options;
     ui::step(&format!("{restarts} restarts with {flips} flips each, under load, and {restarts} upgrades"));
-    for program in test::programs(&["netns".to_owned()], &[])? {
+    for program in test::programs::build(&["netns".to_owned()], &[])? {
         let environment = [
             ("SG_AGENT_BIN", agent.clone().into_os_string()),
             ("CARGO_MANIFEST_DIR", directory.clone().into_os_string()),

@@ -1,21 +1,23 @@
 //! `cargo xtask test`: runs the sets of tests and counts. What a set needs is set up first; a set that can't run
-//! names what is missing, and that fails in CI.
+//! names what is missing, and that fails in CI. Building and running programs is `programs`', the table `report`'s.
+
+pub mod programs;
+mod report;
 
 use std::cell::OnceCell;
 use std::env;
 use std::ffi::OsString;
-use std::io::{BufRead as _, BufReader};
 use std::path::PathBuf;
-use std::process::{Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, ExitCode};
+use std::time::Instant;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::{Args, ValueEnum};
-use console::style;
 
 use crate::deps::{self, audit, docker::Engine, python::Venv};
-use crate::libtest::{self, Counts};
+use crate::libtest::Counts;
 use crate::{agent_image, build, cmd, ebpf, ui, vm, workspace};
+use report::{Outcome, Row, strict};
 
 /// The package of the packet-level and end-to-end tests; each of its files is in the set that it is named after.
 const TESTS: &str = "tests";
@@ -115,22 +117,6 @@ impl Job {
     }
 }
 
-/// How a set ended.
-enum Outcome {
-    Passed,
-    /// What could be looked at passed; the rest, which no machine of ours can help, wasn't looked at.
-    Partly(String),
-    Failed(String),
-    Skipped(String),
-}
-
-struct Row {
-    name: String,
-    outcome: Outcome,
-    counts: Counts,
-    time: Duration,
-}
-
 /// Runs the sets, then prints the table and the closing line.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let jobs = jobs(&options.only, &options.kernel);
@@ -159,7 +145,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         rows.push(row);
     }
     drop(runner);
-    Ok(report(&rows))
+    Ok(report::show(&rows))
 }
 
 /// Everything, and the oldest kernel with it, unless something is named.
@@ -178,15 +164,6 @@ fn version(text: &str) -> Result<String, String> {
     match text.split_once('.') {
         Some((major, minor)) if is_number(major) && is_number(minor) => Ok(text.to_owned()),
         _ => Err(format!("'{text}' is no kernel version like 6.1")),
-    }
-}
-
-/// In CI a set that was skipped has failed.
-fn strict(outcome: Outcome) -> Outcome {
-    let ci = env::var("CI").is_ok_and(|value| !["", "0", "false"].contains(&value.as_str()));
-    match outcome {
-        Outcome::Skipped(reason) if ci => Outcome::Failed(format!("can't run, and CI needs every set: {reason}")),
-        other => other,
     }
 }
 
@@ -234,10 +211,10 @@ impl Runner {
                 let mut test = workspace::cargo();
                 test.args(["test", "-p", "sg-common", "-p", "sg-agent", "-p", "xtask", "--no-fail-fast"]);
                 test.arg("--").args(&self.filter);
-                let crates = count(&mut test, counts);
+                let crates = programs::run(&mut test, counts);
                 let mut test = workspace::cargo();
                 test.args(["test", "-p", TESTS, "--lib", "--"]).args(&self.filter);
-                count(&mut test, counts).and(crates)?;
+                programs::run(&mut test, counts).and(crates)?;
                 Ok(Outcome::Passed)
             }
             Set::Kernel => self.rooted(set, &[deps::IP], &[], counts),
@@ -302,8 +279,8 @@ impl Runner {
         environment: &[(&str, OsString)],
         counts: &mut Counts,
     ) -> Result<Outcome> {
-        let files = files(set)?;
-        if files.is_empty() {
+        let targets = programs::targets(set)?;
+        if targets.is_empty() {
             return Ok(Outcome::Skipped(format!("tests/tests/{}.rs isn't there", set.name())));
         }
         if let Err(error) = cmd::ensure_root(&format!("by the {} tests", set.name())) {
@@ -315,7 +292,7 @@ impl Runner {
         let agent = self.agent()?;
         let directory = workspace::root().join(TESTS);
         let mut failures = Vec::new();
-        for program in programs(&files, &[])? {
+        for program in programs::build(&targets, &[])? {
             let mut all = vec![
                 ("SG_AGENT_BIN", agent.clone().into_os_string()),
                 ("CARGO_MANIFEST_DIR", directory.clone().into_os_string()),
@@ -326,7 +303,7 @@ impl Runner {
             all.extend(passed.iter().filter_map(|name| Some((*name, env::var_os(name)?))));
             let mut test = cmd::as_root(program, all);
             test.current_dir(&directory).args(&self.filter);
-            if let Err(error) = count(&mut test, counts) {
+            if let Err(error) = programs::run(&mut test, counts) {
                 failures.push(format!("{error:#}"));
             }
             cmd::check_interrupted()?;
@@ -337,8 +314,8 @@ impl Runner {
 
     /// Runs what depends on the kernel on another one. No root is needed.
     fn on_kernel(&mut self, version: &str, counts: &mut Counts) -> Result<Outcome> {
-        let mut targets = files(Set::Kernel)?;
-        targets.extend(files(Set::Netns)?);
+        let mut targets = programs::targets(Set::Kernel)?;
+        targets.extend(programs::targets(Set::Netns)?);
         targets.retain(|target| target != NORM);
         ensure!(!targets.is_empty(), "there are no tests in tests/tests/kernel.rs and tests/tests/netns.rs");
         if let Err(error) = vm::ensure_tools() {
@@ -354,13 +331,15 @@ impl Runner {
         environment.extend(passed.iter().filter_map(|name| Some((*name, env::var_os(name)?))));
         let mut all = Vec::new();
         for target in targets {
-            let arguments = if self.filter.is_empty() && set_of(&target) == Some(Set::Netns) {
+            let arguments = if self.filter.is_empty() && programs::set_of(&target) == Some(Set::Netns) {
                 SLOW_NETNS.map(OsString::from).to_vec()
             } else {
                 self.filter.clone()
             };
             all.extend(
-                programs(&[target], &[])?.into_iter().map(|path| vm::Program { path, arguments: arguments.clone() }),
+                programs::build(&[target], &[])?
+                    .into_iter()
+                    .map(|path| vm::Program { path, arguments: arguments.clone() }),
             );
         }
         vm::run(&vm::Job { version, agent: &agent, programs: &all, environment: &environment }, counts)?;
@@ -401,149 +380,9 @@ fn component(subcommand: &str, component: &str) -> Result<(), String> {
     }
 }
 
-/// The test targets of a set: `kernel` and `kernel_*`, files or directories.
-fn files(set: Set) -> Result<Vec<String>> {
-    let directory = workspace::root().join(TESTS).join("tests");
-    let mut names = Vec::new();
-    if !directory.is_dir() {
-        return Ok(names);
-    }
-    for entry in directory.read_dir().with_context(|| format!("cannot read {}", directory.display()))? {
-        let path = entry?.path();
-        let target = path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").is_file();
-        let Some(name) = path.file_stem().and_then(|name| name.to_str()).filter(|_| target) else {
-            continue;
-        };
-        match set_of(name) {
-            Some(owner) if owner == set => names.push(name.to_owned()),
-            Some(_) => {}
-            None => bail!("{}: no set has these tests: name the file kernel_*, netns_* or docker_*", path.display()),
-        }
-    }
-    names.sort();
-    Ok(names)
-}
-
-fn set_of(target: &str) -> Option<Set> {
-    [Set::Kernel, Set::Netns, Set::Docker]
-        .into_iter()
-        .find(|set| target.strip_prefix(set.name()).is_some_and(|rest| rest.is_empty() || rest.starts_with('_')))
-}
-
-/// Builds the test programs with these options of cargo's, and returns their paths.
-pub fn programs(targets: &[String], options: &[&str]) -> Result<Vec<PathBuf>> {
-    let mut cargo = workspace::cargo();
-    cargo.args(["test", "--no-run", "--message-format=json-render-diagnostics", "-p", TESTS]).args(options);
-    for target in targets {
-        cargo.args(["--test", target]);
-    }
-    cargo.stdin(Stdio::null()).stdout(Stdio::piped());
-    let output = cargo.spawn().and_then(std::process::Child::wait_with_output);
-    let output = output.with_context(|| format!("cannot run {}", cmd::show(&cargo)))?;
-    ensure!(output.status.success(), "{} failed: {}", cmd::show(&cargo), output.status);
-    let mut programs = Vec::new();
-    for line in String::from_utf8_lossy(&output.stdout).lines() {
-        let Ok(message) = serde_json::from_str::<serde_json::Value>(line) else {
-            continue;
-        };
-        let name = message["target"]["name"].as_str();
-        if name.is_some_and(|name| targets.iter().any(|target| target == name))
-            && let Some(executable) = message["executable"].as_str()
-        {
-            programs.push(PathBuf::from(executable));
-        }
-    }
-    ensure!(programs.len() == targets.len(), "cargo made {} test programs of {}", programs.len(), targets.join(" "));
-    Ok(programs)
-}
-
-/// Runs a test program, shows what it prints, and adds its counts.
-fn count(command: &mut Command, counts: &mut Counts) -> Result<()> {
-    cmd::check_interrupted()?;
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("cannot run {}", cmd::show(command)))?;
-    if let Some(stdout) = child.stdout.take() {
-        let mut lines = BufReader::new(stdout);
-        let mut line = Vec::new();
-        while lines.read_until(b'\n', &mut line)? > 0 {
-            let text = String::from_utf8_lossy(&line);
-            print!("{text}");
-            if let Some(more) = libtest::summary(text.trim_end()) {
-                *counts += more;
-            }
-            line.clear();
-        }
-    }
-    let status = child.wait()?;
-    ensure!(status.success(), "{} failed: {status}", cmd::show(command));
-    Ok(())
-}
-
-/// Prints the table and the closing line. A set that failed or was skipped without a test function that did
-/// (clippy, say) counts as one.
-fn report(rows: &[Row]) -> ExitCode {
-    println!();
-    let mut sum = Counts::default();
-    let mut code = ExitCode::SUCCESS;
-    for row in rows {
-        let (word, reason) = match &row.outcome {
-            Outcome::Passed => (style("passed").green(), ""),
-            Outcome::Partly(reason) => (style("partly").yellow(), reason.as_str()),
-            Outcome::Failed(reason) => (style("failed").red(), reason.as_str()),
-            Outcome::Skipped(reason) => (style("skipped").yellow(), reason.as_str()),
-        };
-        let counts = total(row);
-        if counts.failed > 0 {
-            code = ExitCode::FAILURE;
-        }
-        sum += counts;
-        let reason = reason.lines().next().unwrap_or_default();
-        let line = format!(
-            "{:<11} {word:<8} {:>5} tests {:>7.1} s  {reason}",
-            row.name,
-            row.counts.passed + row.counts.failed,
-            row.time.as_secs_f64()
-        );
-        println!("{}", line.trim_end());
-    }
-    println!("{} passed, {} failed, {} skipped", sum.passed, sum.failed, sum.skipped);
-    code
-}
-
-fn total(row: &Row) -> Counts {
-    let mut counts = row.counts;
-    match row.outcome {
-        Outcome::Failed(_) => counts.failed = counts.failed.max(1),
-        Outcome::Skipped(_) => counts.skipped = counts.skipped.max(1),
-        Outcome::Passed | Outcome::Partly(_) => {}
-    }
-    counts
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn row(outcome: Outcome, counts: Counts) -> Row {
-        Row { name: "unit".to_owned(), outcome, counts, time: Duration::ZERO }
-    }
-
-    #[test]
-    fn a_file_is_in_the_set_that_it_is_named_after() {
-        for (target, set) in [
-            ("kernel", Some(Set::Kernel)),
-            ("netns_proxy", Some(Set::Netns)),
-            ("docker", Some(Set::Docker)),
-            ("kernel_properties", Some(Set::Kernel)),
-            ("kernels", None),
-            ("unit", None),
-        ] {
-            assert_eq!(set_of(target), set, "{target}");
-        }
-    }
 
     #[test]
     fn the_oldest_kernel_is_among_everything() {
@@ -561,15 +400,5 @@ mod tests {
         for text in ["6", "6.", "6.1.2", "../6.1", "6.x", ""] {
             assert!(version(text).is_err(), "{text}");
         }
-    }
-
-    #[test]
-    fn a_failure_without_a_test_function_counts() {
-        let none = Counts::default();
-        assert_eq!(total(&row(Outcome::Passed, none)), none);
-        assert_eq!(total(&row(Outcome::Failed("warnings".to_owned()), none)).failed, 1);
-        assert_eq!(total(&row(Outcome::Skipped("no root".to_owned()), none)).skipped, 1);
-        let two = Counts { passed: 5, failed: 2, skipped: 0 };
-        assert_eq!(total(&row(Outcome::Failed("two of them".to_owned()), two)), two);
     }
 }

@@ -1,16 +1,49 @@
-//! Memberships as `MEMBERS` holds them, and what two states of them have in common. Pure; writing them is `apply`'s.
+//! Memberships as `MEMBERS` holds them, and what two states of them have in common. When they are written is the
+//! commit's.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 use sg_common::abi::{DELEGATED, Member, MemberKey};
 
-use super::ApplyError;
+use super::{Applier, ApplyError};
+use crate::datapath::{DatapathError, absent_is_fine};
 use crate::resolve::Desired;
 use crate::tables;
 
 /// Who is in which groups, by VPC and address or delegated prefix.
 pub type Members = BTreeMap<(u32, IpNet), Member>;
+
+impl Applier {
+    /// Brings `MEMBERS` to exactly these.
+    pub(super) fn write_members(&mut self, members: &Members) -> Result<(), ApplyError> {
+        let changed = self.tables.members != *members;
+        let written = self.replace_members(members);
+        // Those that were written before an error count as well.
+        if changed {
+            self.announce()?;
+        }
+        written
+    }
+
+    fn replace_members(&mut self, members: &Members) -> Result<(), ApplyError> {
+        let failed = |error| DatapathError::Write { map: "MEMBERS", error };
+        let gone: Vec<_> = self.tables.members.keys().filter(|place| !members.contains_key(place)).copied().collect();
+        for place in gone {
+            self.maps.writes += 1;
+            absent_is_fine(self.maps.members.remove(&key(&place))).map_err(failed)?;
+            self.tables.members.remove(&place);
+        }
+        for (place, member) in members {
+            if self.tables.members.get(place) != Some(member) {
+                self.maps.writes += 1;
+                self.maps.members.insert(key(place), member, 0).map_err(failed)?;
+                self.tables.members.insert(*place, *member);
+            }
+        }
+        Ok(())
+    }
+}
 
 /// The key of a membership.
 pub fn key(&(vpc, place): &(u32, IpNet)) -> MemberKey {

@@ -4,11 +4,14 @@
 //! written beside the old ones, and only then do the words flip that put them in force. A change that doesn't fit is
 //! refused whole, and what stood before goes on standing.
 
+mod bindings;
 mod interfaces;
 mod links;
 mod members;
 mod policies;
 mod published;
+mod services;
+mod snapshot;
 mod space;
 mod verify;
 
@@ -16,21 +19,22 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use sg_common::abi::{self, Binding, Config, ExemptKey};
+use sg_common::abi::{self, Config};
 
+use bindings::{Bound, MOST_BOUND, Staged};
 use members::{Members, Referenced};
 pub use policies::Usage;
 use policies::{Store, Written};
 use published::Published;
 pub use published::{Judged, Sockets};
+pub use snapshot::{Enforced, Snapshot};
 use space::Numbers;
 pub use verify::Repair;
 
-use crate::compile::{CompileError, compile};
-use crate::datapath::{Datapath, DatapathError, Hook, Maps, absent_is_fine};
-use crate::exempt::Service;
-use crate::model::{InstanceId, Warning};
-use crate::resolve::{Desired, Interface, PolicyKey, Spec};
+use crate::compile::CompileError;
+use crate::datapath::{Datapath, DatapathError, Hook, Maps};
+use crate::model::Warning;
+use crate::resolve::{Desired, PolicyKey};
 use crate::tables::InMemory;
 
 /// Why a change was refused.
@@ -66,56 +70,6 @@ pub enum ApplyError {
     #[error(transparent)]
     Datapath(#[from] DatapathError),
 }
-
-/// One interface as it is enforced.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Enforced {
-    /// What it was to be.
-    pub interface: Interface,
-    /// Its entry in the map.
-    pub entry: abi::Interface,
-    /// Whether the programs are on its link.
-    pub attached: bool,
-}
-
-/// The state that the kernel enforces, as the proxy, `status` and `explain` see it.
-#[derive(Clone, Debug, Default)]
-pub struct Snapshot {
-    /// Counts the commits.
-    pub generation: u64,
-    /// Interfaces by link index.
-    pub interfaces: BTreeMap<u32, Enforced>,
-    /// The policies' rules.
-    pub policies: BTreeMap<PolicyKey, Arc<Spec>>,
-    /// The tables that the kernel has.
-    pub tables: InMemory,
-    /// What is enforced otherwise than somebody might expect, and what could not be.
-    pub warnings: BTreeSet<Warning>,
-    /// What policies take up.
-    pub usage: Usage,
-}
-
-impl Snapshot {
-    /// An instance's interfaces by link index, the primary one first: those that the control plane knows go before the
-    /// others, older links before younger ones.
-    pub fn interfaces_of(&self, instance: &InstanceId) -> Vec<(u32, &Enforced)> {
-        let own = self.interfaces.iter().filter(|(_, enforced)| enforced.interface.instance == *instance);
-        let mut own: Vec<_> = own.map(|(&ifindex, enforced)| (ifindex, enforced)).collect();
-        own.sort_by_key(|(ifindex, enforced)| (enforced.interface.eni.is_none(), *ifindex));
-        own
-    }
-}
-
-/// A policy in force.
-#[derive(Debug)]
-struct Bound {
-    slot: u32,
-    spec: Arc<Spec>,
-    written: Written,
-}
-
-/// Policies that are written and not in force yet.
-type Staged = Vec<(PolicyKey, Arc<Spec>, Written)>;
 
 /// Writes the rule maps.
 #[derive(Debug)]
@@ -320,19 +274,6 @@ impl Applier {
         self.write_exempt(desired)
     }
 
-    /// The groups that the policies in force refer to.
-    fn referenced(&self) -> Referenced {
-        self.tables.policies.values().flat_map(|policy| policy.referenced()).collect()
-    }
-
-    /// Those that the policies will refer to.
-    fn referenced_by(&self, desired: &Desired, staged: &Staged) -> Referenced {
-        let staying = self.bound.iter().filter(|(key, bound)| desired.policies.get(key) == Some(&bound.spec));
-        let staying = staying.map(|(_, bound)| &bound.written);
-        let written = staying.chain(staged.iter().map(|(.., written)| written));
-        written.flat_map(|written| written.compiled.referenced()).collect()
-    }
-
     /// The desired interfaces as they are enforced now.
     fn enforced(&self, desired: &Desired) -> BTreeMap<u32, Enforced> {
         let enforced = desired.interfaces.iter().filter_map(|(ifindex, interface)| {
@@ -381,136 +322,11 @@ impl Applier {
         Ok(())
     }
 
-    /// Compiles and writes every policy that is new or has changed. Nothing refers to them yet.
-    fn stage(&mut self, desired: &Desired) -> Result<Staged, ApplyError> {
-        let changed: Vec<(&PolicyKey, &Arc<Spec>)> = desired
-            .policies
-            .iter()
-            .filter(|(key, spec)| self.bound.get(key).is_none_or(|bound| bound.spec != **spec))
-            .collect();
-        let missing = changed.iter().filter(|(key, _)| !self.bound.contains_key(key)).count();
-        check("group sets and network ACLs, those being replaced included", self.bound.len() + missing, MOST_BOUND)?;
-        let mut compiled = Vec::new();
-        for (key, spec) in changed {
-            let policy = compile(spec).map_err(|error| ApplyError::Compile { policy: key.to_string(), error })?;
-            compiled.push((key, spec, Arc::new(policy)));
-        }
-        let total =
-            |store: &Store| compiled.iter().fold(store.usage(), |usage, (.., policy)| usage.plus(&Usage::of(policy)));
-        if total(&self.store).check().is_err() {
-            // Old policies may be what is in the way.
-            self.collect();
-            total(&self.store).check()?;
-        }
-        let mut staged = Vec::new();
-        for (key, spec, policy) in compiled {
-            match self.store.write(&mut self.maps, policy) {
-                Ok(written) => staged.push((key.clone(), Arc::clone(spec), written)),
-                Err(error) => {
-                    self.unstage(&staged);
-                    return Err(error);
-                }
-            }
-        }
-        Ok(staged)
-    }
-
-    fn unstage(&mut self, staged: &[(PolicyKey, Arc<Spec>, Written)]) {
-        for (.., written) in staged {
-            self.store.unwrite(&mut self.maps, written);
-        }
-    }
-
-    /// Puts staged policies in force, one word each.
-    fn bind(&mut self, staged: Staged) {
-        for (key, spec, written) in staged {
-            self.epoch = self.epoch.wrapping_add(1);
-            let binding = Binding { policy: written.number, epoch: self.epoch };
-            let slot = match self.bound.get(&key) {
-                Some(bound) => bound.slot,
-                None => self.slots.take().expect("as many slots as `stage` counted"),
-            };
-            self.maps.bindings.store(slot, u64::from(binding.policy) | u64::from(binding.epoch) << 32);
-            self.tables.bindings.insert(slot, binding);
-            self.tables.policies.insert(written.number, Arc::clone(&written.compiled));
-            if let Some(old) = self.bound.insert(key, Bound { slot, spec, written }) {
-                self.tables.policies.remove(&old.written.number);
-                self.retired.push(old.written);
-            }
-        }
-    }
-
-    /// Retires policies that no interface has any more.
-    fn unbind(&mut self, desired: &Desired) {
-        let gone: Vec<PolicyKey> =
-            self.bound.keys().filter(|key| !desired.policies.contains_key(key)).cloned().collect();
-        for key in gone {
-            let Some(bound) = self.bound.remove(&key) else { continue };
-            self.maps.bindings.store(bound.slot, 0);
-            self.tables.bindings.remove(&bound.slot);
-            self.tables.policies.remove(&bound.written.number);
-            self.slots.give(bound.slot);
-            self.retired.push(bound.written);
-        }
-    }
-
-    fn write_members(&mut self, members: &Members) -> Result<(), ApplyError> {
-        let changed = self.tables.members != *members;
-        let written = self.replace_members(members);
-        // Those that were written before an error count as well.
-        if changed {
-            self.announce()?;
-        }
-        written
-    }
-
-    fn replace_members(&mut self, members: &Members) -> Result<(), ApplyError> {
-        let failed = |error| DatapathError::Write { map: "MEMBERS", error };
-        let gone: Vec<_> = self.tables.members.keys().filter(|place| !members.contains_key(place)).copied().collect();
-        for place in gone {
-            self.maps.writes += 1;
-            absent_is_fine(self.maps.members.remove(&members::key(&place))).map_err(failed)?;
-            self.tables.members.remove(&place);
-        }
-        for (place, member) in members {
-            if self.tables.members.get(place) != Some(member) {
-                self.maps.writes += 1;
-                self.maps.members.insert(members::key(place), member, 0).map_err(failed)?;
-                self.tables.members.insert(*place, *member);
-            }
-        }
-        Ok(())
-    }
-
     /// Tells programs that flows judged by members or own addresses are to be looked at again.
     fn announce(&mut self) -> Result<(), ApplyError> {
         self.set_config(|config| config.world = config.world.wrapping_add(1))
     }
-
-    fn write_exempt(&mut self, desired: &Desired) -> Result<(), ApplyError> {
-        let failed = |error| DatapathError::Write { map: "EXEMPT", error };
-        let gone: Vec<_> = self.tables.exempt.difference(&desired.exempt).cloned().collect();
-        for place in gone {
-            self.maps.writes += 1;
-            absent_is_fine(self.maps.exempt.remove(&exempt_key(&place))).map_err(failed)?;
-            self.tables.exempt.remove(&place);
-        }
-        let new: Vec<_> = desired.exempt.difference(&self.tables.exempt).cloned().collect();
-        for place in new {
-            self.maps.writes += 1;
-            self.maps.exempt.insert(exempt_key(&place), 1, 0).map_err(failed)?;
-            self.tables.exempt.insert(place);
-        }
-        Ok(())
-    }
 }
-
-fn exempt_key((vpc, service): &(u32, Service)) -> ExemptKey {
-    ExemptKey { vpc: *vpc, address: service.address.into(), port: service.port, protocol: service.protocol, pad: 0 }
-}
-
-/// Slots for policies in force: slot 0 is nobody's.
-const MOST_BOUND: u32 = abi::MAX_BINDINGS - 1;
 
 fn check_counts(desired: &Desired, members: &Members) -> Result<(), ApplyError> {
     let addresses =

@@ -239,11 +239,10 @@ impl Written {
         maps.writes += entries(table);
         maps.policies.set(id, Policy::default(), 0).map_err(write("POLICIES"))?;
         for network in table.networks.keys() {
-            let removed = match cidr_key(id, network) {
-                CidrKey::V4(key) => maps.cidrs4.remove(&key),
-                CidrKey::V6(key) => maps.cidrs6.remove(&key),
-            };
-            absent_is_fine(removed).map_err(write("CIDRS"))?;
+            match cidr_key(id, network) {
+                CidrKey::V4(key) => absent_is_fine(maps.cidrs4.remove(&key)).map_err(write("CIDRS4"))?,
+                CidrKey::V6(key) => absent_is_fine(maps.cidrs6.remove(&key)).map_err(write("CIDRS6"))?,
+            }
         }
         for prefix in table.ports.keys() {
             absent_is_fine(maps.ports.remove(&port_key(id, prefix))).map_err(write("PORTS"))?;

@@ -5,16 +5,18 @@
 //! [`PART`] entries, so that a look is bounded. It finds what fewer entries hide at once, more of them in rotation.
 
 use std::collections::HashMap;
+use std::io;
 
-use aya::maps::IterableMap as _;
 use aya::maps::lpm_trie::Key;
+use aya::maps::{IterableMap as _, MapError};
 use sg_common::abi::{
-    self, Binding, Cidr4Key, Cidr6Key, ExemptKey, Interface, Member, MemberKey, OwnKey, Policy, PortKey, ReferenceKey,
+    self, Cidr4Key, Cidr6Key, ExemptKey, Interface, Member, MemberKey, OwnKey, Policy, PortKey, ReferenceKey,
 };
 
 use super::interfaces::own_key;
 use super::policies::{self, Usage, Written};
-use super::{Applier, ApplyError, exempt_key, members};
+use super::services::exempt_key;
+use super::{Applier, ApplyError, bindings, members};
 use crate::compile::Table;
 use crate::datapath::{DatapathError, Fault, Scan, absent_is_fine};
 
@@ -38,6 +40,8 @@ pub(super) struct Audit {
     members: HashMap<MemberKey, Member>,
     own: HashMap<OwnKey, u32>,
     exempt: HashMap<ExemptKey, u32>,
+    /// What the policies in force take up.
+    usage: Usage,
     scans: Scans,
 }
 
@@ -117,8 +121,7 @@ impl Applier {
         }
         let mut found = false;
         for slot in 0..abi::MAX_BINDINGS {
-            let Binding { policy, epoch } = self.tables.bindings.get(&slot).copied().unwrap_or_default();
-            let word = u64::from(policy) | u64::from(epoch) << 32;
+            let word = bindings::word(self.tables.bindings.get(&slot).copied().unwrap_or_default());
             if self.maps.bindings.load(slot) != word {
                 self.maps.bindings.store(slot, word);
                 found = true;
@@ -150,19 +153,20 @@ impl Applier {
             members: self.tables.members.iter().map(|(place, member)| (members::key(place), *member)).collect(),
             own: self.secondaries.iter().map(|own| (own_key(own), 1)).collect(),
             exempt: self.tables.exempt.iter().map(|place| (exempt_key(place), 1)).collect(),
+            usage: self.tables.policies.values().fold(Usage::default(), |sum, policy| sum.plus(&Usage::of(policy))),
             scans: Scans::default(),
         }
     }
 
     fn verify_entries(&mut self, audit: &mut Audit, repairs: &mut Vec<Repair>) -> Result<(), ApplyError> {
-        let Audit { members, own, exempt, scans, .. } = audit;
+        let Audit { members, own, exempt, usage, scans } = audit;
 
         /// Reads a part of a map: entries that nobody wrote go, and those that are missing or different are written.
         macro_rules! verify {
             ($map:ident, $name:literal, $scan:ident, $key:ty, $value:ty, $expected:expr, $count:expr, $restore:expr) => {{
                 let failed = |error| DatapathError::Write { map: $name, error };
                 let (entries, all) =
-                    scans.$scan.read::<$key, $value>(self.maps.$map.map().fd(), PART).map_err(DatapathError::Check)?;
+                    scans.$scan.read::<$key, $value>(self.maps.$map.map().fd(), PART).map_err(cannot_read($name))?;
                 let expected = $expected;
                 let mut is_altered = false;
                 let mut strange = Vec::new();
@@ -202,7 +206,6 @@ impl Applier {
                 Ok(())
             }
         );
-        let usage = self.tables.policies.values().fold(Usage::default(), |sum, policy| sum.plus(&Usage::of(policy)));
         verify!(
             cidrs4,
             "CIDRS4",
@@ -293,7 +296,7 @@ impl Applier {
         // One more than there are: the kernel says that it is at the end when it finds no next one.
         let most = 2 * abi::MAX_POLICIES as usize + 1;
         let (entries, _) =
-            scan.read::<u32, Policy>(self.maps.policies.map().fd(), most).map_err(DatapathError::Check)?;
+            scan.read::<u32, Policy>(self.maps.policies.map().fd(), most).map_err(cannot_read("POLICIES"))?;
         let bound: HashMap<u32, &Written> =
             self.bound.values().map(|bound| (bound.written.number, &bound.written)).collect();
         let right = |id: u32| bound.get(&(id >> 1)).map_or(Policy::default(), |written| written.header(id & 1));
@@ -329,6 +332,10 @@ impl Applier {
         // Flows were judged by the wrong ones meanwhile.
         self.announce()
     }
+}
+
+fn cannot_read(map: &'static str) -> impl FnOnce(io::Error) -> DatapathError {
+    move |error| DatapathError::Read { map, error: MapError::IoError(error) }
 }
 
 fn altered(map: &str) -> Repair {

@@ -102,7 +102,7 @@ impl Maps {
     /// # Errors
     /// The kernel's.
     pub fn config(&self) -> Result<Config, DatapathError> {
-        self.config.get(&0, 0).map_err(|error| DatapathError::Write { map: "CONFIG", error })
+        self.config.get(&0, 0).map_err(|error| DatapathError::Read { map: "CONFIG", error })
     }
 
     /// Replaces the settings.

@@ -15,7 +15,7 @@ mod maps;
 mod pins;
 mod published;
 mod scan;
-mod sys;
+pub mod sys;
 mod trial;
 
 pub use attach::Hook;
@@ -24,6 +24,7 @@ pub use maps::{Maps, absent_is_fine};
 pub use pins::{DetachReport, Pins};
 pub use published::{Watch, Way};
 pub use scan::Scan;
+pub use trial::SkbContext;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -62,7 +63,15 @@ pub enum DatapathError {
     /// A map isn't in the object, or has another type.
     #[error("the eBPF object has no map '{0}' of the expected type: agent and programs are of different builds")]
     Map(&'static str),
-    /// A map operation failed.
+    /// A map can't be read.
+    #[error("cannot read map {map}: {error}")]
+    Read {
+        /// The map.
+        map: &'static str,
+        /// The kernel's answer.
+        error: aya::maps::MapError,
+    },
+    /// A map can't be written.
     #[error("cannot write map {map}: {error}")]
     Write {
         /// The map.

@@ -8,8 +8,8 @@ use super::{Datapath, DatapathError, classifier, program_name, published};
 /// `struct __sk_buff` (include/uapi/linux/bpf.h) up to the last field that is set here. The kernel takes a shorter one
 /// for one whose rest is zero, and refuses all but a few fields that aren't (`convert___skb_to_skb`).
 #[repr(C)]
-#[derive(Default)]
-struct Context {
+#[derive(Debug, Default)]
+pub struct SkbContext {
     len: u32,
     pkt_type: u32,
     mark: u32,
@@ -23,9 +23,15 @@ struct Context {
     ifindex: u32,
 }
 
-impl Context {
-    fn bytes(&self) -> &[u8] {
-        // SAFETY: `Context` is eleven u32 without padding, so all of its bytes are initialised.
+impl SkbContext {
+    /// That of a frame that crosses the link `ifindex` with the `SO_MARK` `mark`.
+    pub fn new(ifindex: u32, mark: u32) -> Self {
+        Self { mark, ifindex, ..Self::default() }
+    }
+
+    /// As BPF_PROG_TEST_RUN takes it.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: `SkbContext` is eleven u32 without padding, so all of its bytes are initialised.
         unsafe { std::slice::from_raw_parts(std::ptr::from_ref(self).cast(), size_of::<Self>()) }
     }
 }
@@ -39,7 +45,7 @@ impl Datapath {
     /// The kernel doesn't take the frame: it is shorter than an Ethernet header, or than the IP header that its
     /// ethertype promises, or there is no such link.
     pub fn run(&mut self, direction: Direction, ifindex: u32, mark: u32, frame: &[u8]) -> Result<u32, DatapathError> {
-        let context = Context { mark, ifindex, ..Context::default() };
+        let context = SkbContext::new(ifindex, mark);
         let options =
             TestRunOptions { data_in: Some(frame), ctx_in: Some(context.bytes()), ..TestRunOptions::default() };
         let result = classifier(&mut self.ebpf, direction)?
@@ -54,7 +60,7 @@ impl Datapath {
     /// # Errors
     /// As for [`Self::run`].
     pub fn run_published(&mut self, ifindex: u32, frame: &[u8]) -> Result<(u32, Vec<u8>), DatapathError> {
-        let context = Context { ifindex, ..Context::default() };
+        let context = SkbContext::new(ifindex, 0);
         let mut left = vec![0; frame.len() + ROOM];
         let options = TestRunOptions {
             data_in: Some(frame),

@@ -23,12 +23,7 @@ impl Resolver {
     ) -> (PolicyKey, BTreeSet<GroupId>) {
         let instance = &placement.attachment.instance;
         let Some(eni) = placement.eni else {
-            if self.settings.unknown == Unknown::Allow {
-                desired.policies.entry(PolicyKey::NoGroup).or_insert_with(|| Arc::new(Spec::Groups(everything())));
-                return (PolicyKey::NoGroup, BTreeSet::new());
-            }
-            desired.policies.entry(PolicyKey::Unknown).or_insert_with(|| Arc::new(Spec::Groups(GroupSpec::default())));
-            return (PolicyKey::Unknown, BTreeSet::new());
+            return (without_group(self.settings.unknown == Unknown::Allow, desired), BTreeSet::new());
         };
         if eni.groups.is_empty() {
             let denied = self.settings.deny_without_group;
@@ -40,15 +35,7 @@ impl Resolver {
                     "has no security group: everything is allowed; give it one, or run with --no-group=deny".into()
                 },
             });
-            if denied {
-                desired
-                    .policies
-                    .entry(PolicyKey::Unknown)
-                    .or_insert_with(|| Arc::new(Spec::Groups(GroupSpec::default())));
-                return (PolicyKey::Unknown, BTreeSet::new());
-            }
-            desired.policies.entry(PolicyKey::NoGroup).or_insert_with(|| Arc::new(Spec::Groups(everything())));
-            return (PolicyKey::NoGroup, BTreeSet::new());
+            return (without_group(!denied, desired), BTreeSet::new());
         }
         let key = PolicyKey::Groups(placement.scope.clone(), eni.groups.clone());
         if !desired.policies.contains_key(&key) {
@@ -169,6 +156,14 @@ impl Resolver {
         });
         Some(key)
     }
+}
+
+/// The policy of an interface without a group: everything is allowed, or nothing.
+fn without_group(is_allowed: bool, desired: &mut Desired) -> PolicyKey {
+    let (key, rules) =
+        if is_allowed { (PolicyKey::NoGroup, everything()) } else { (PolicyKey::Unknown, GroupSpec::default()) };
+    desired.policies.entry(key.clone()).or_insert_with(|| Arc::new(Spec::Groups(rules)));
+    key
 }
 
 /// The rules of an interface without a group (SG-2.5).

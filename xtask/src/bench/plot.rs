@@ -89,21 +89,10 @@ fn chart(
 mod tests {
     use super::*;
 
-    fn sample(figure: &str, at: f64) -> Sample {
-        Sample {
-            section: "packet".into(),
-            figure: figure.into(),
-            variant: "IPv4".into(),
-            unit: "ns".into(),
-            axis: Some("rules".into()),
-            at: Some(at),
-            values: vec![at],
-        }
-    }
-
     #[test]
     fn only_what_has_two_points_is_drawn() {
-        let samples = [sample("curve", 1.0), sample("curve", 1_000.0), sample("point", 1.0)];
+        let samples = [("curve", 1.0), ("curve", 1_000.0), ("point", 1.0)]
+            .map(|(figure, at)| Sample::over_rules(figure, at, &[at]));
         let page = page(&samples).unwrap();
         assert!(page.starts_with("<svg") && page.trim_end().ends_with("</svg>"));
         assert!(page.contains("packet: curve") && !page.contains("packet: point"));

@@ -105,7 +105,6 @@ impl Spread {
 /// Three digits that count.
 fn digits(value: f64) -> String {
     match value.abs() {
-        size if size >= 1_000.0 => format!("{value:.0}"),
         size if size >= 100.0 => format!("{value:.0}"),
         size if size >= 10.0 => format!("{value:.1}"),
         _ => format!("{value:.2}"),
@@ -292,11 +291,10 @@ fn machine() -> Result<Vec<String>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn sample(figure: &str, at: f64, values: &[f64]) -> Line {
-        Line::Sample(Sample {
+impl Sample {
+    /// A point of a curve over the number of rules.
+    pub fn over_rules(figure: &str, at: f64, values: &[f64]) -> Self {
+        Self {
             section: "packet".into(),
             figure: figure.into(),
             variant: "IPv4".into(),
@@ -304,7 +302,16 @@ mod tests {
             axis: Some("rules".into()),
             at: Some(at),
             values: values.to_vec(),
-        })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(figure: &str, at: f64, values: &[f64]) -> Line {
+        Line::Sample(Sample::over_rules(figure, at, values))
     }
 
     fn report(builds: &[&str]) -> Report {

@@ -1,6 +1,5 @@
 //! The compiler for `bpfel-unknown-none` and bpf-linker: finds them, or installs them. `crate::ebpf` uses them.
 
-use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -161,27 +160,9 @@ impl Compiler {
     }
 }
 
-/// bpf-linker: the one on `PATH`, in cargo's bin directory or below target/tools; installed there if there is none.
+/// bpf-linker.
 pub fn ensure_linker() -> Result<PathBuf> {
-    let tools = workspace::target().join("tools");
-    let cargo_home = env::var_os("CARGO_HOME")
-        .map(PathBuf::from)
-        .or_else(|| env::home_dir().map(|home| home.join(".cargo")))
-        .map(|home| home.join("bin/bpf-linker"));
-    let own = tools.join("bin/bpf-linker");
-    let found = cmd::find("bpf-linker").or(cargo_home.filter(|path| cmd::is_executable(path)));
-    if let Some(found) = found.or_else(|| cmd::is_executable(&own).then(|| own.clone())) {
-        return Ok(found);
-    }
-    ui::step(&format!(
-        "installing bpf-linker {LINKER_VERSION} below target/tools: it links eBPF objects (about a minute)"
-    ));
-    let mut install = workspace::cargo();
-    install.args(["install", "bpf-linker", "--version", LINKER_VERSION, "--locked", "--root"]).arg(&tools);
-    // `cargo install` builds in CARGO_TARGET_DIR, and what stays there is of no use.
-    install.env_remove("CARGO_TARGET_DIR");
-    cmd::run(&mut install).context("bpf-linker can't be installed: `cargo install bpf-linker` by hand may tell why")?;
-    Ok(own)
+    super::cargo::ensure("bpf-linker", Some(LINKER_VERSION), "it links eBPF objects (about a minute)")
 }
 
 fn install_prebuilt() -> Result<()> {

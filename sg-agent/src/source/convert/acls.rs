@@ -1,6 +1,7 @@
 //! Network ACLs (SG-5). An allowing entry that isn't understood is left out; a denying one denies the more.
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use sg_common::abi::Direction;
 
 use super::super::quirks::{self, Quirks};
 use super::super::wire;
@@ -46,7 +47,7 @@ pub(super) fn acl<K: for<'a> From<&'a str>>(
 }
 
 fn entries(wire: &wire::AclEntry, acl: &str, warnings: &mut Warnings) -> Vec<AclEntry> {
-    let direction = if wire.egress { "egress" } else { "ingress" };
+    let direction = if wire.egress { Direction::Egress } else { Direction::Ingress }.name();
     let place = match number(&wire.number) {
         Ok(Some(place)) => u32::try_from(place).ok(),
         _ => None,

@@ -1,8 +1,9 @@
 //! Groups and their rules. Owns which rules are left out, by name; a rule that isn't understood never widens anything.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::sync::Arc;
+
+use sg_common::abi::Direction;
 
 use super::super::quirks::{self, Quirks};
 use super::super::wire;
@@ -33,12 +34,6 @@ struct Known<'a> {
     /// Groups, with their owners' accounts.
     groups: BTreeMap<GroupId, String>,
     lists: &'a BTreeSet<PrefixListId>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Direction {
-    Ingress,
-    Egress,
 }
 
 pub(super) fn groups(
@@ -89,9 +84,9 @@ fn sorted_by_group(rules: Vec<wire::GroupRule>) -> BTreeMap<String, Vec<wire::Gr
     }
     for (group, rules) in &mut by_group {
         for direction in [Direction::Ingress, Direction::Egress] {
-            let without_id = rules.iter_mut().filter(|rule| direction.is_of(rule) && rule.id.is_empty());
+            let without_id = rules.iter_mut().filter(|rule| is_of(direction, rule) && rule.id.is_empty());
             for (index, rule) in without_id.enumerate() {
-                rule.id = format!("{group}/{direction}[{index}]");
+                rule.id = format!("{group}/{}[{index}]", direction.name());
             }
         }
         rules.sort_by(|a, b| a.id.cmp(&b.id));
@@ -104,7 +99,7 @@ pub fn from_permissions(group: &wire::SecurityGroup) -> Vec<wire::GroupRule> {
     let mut rules = Vec::new();
     for (direction, permissions) in [(Direction::Ingress, &group.ingress), (Direction::Egress, &group.egress)] {
         let expanded = permissions.into_iter().flat_map(peers_of).enumerate().map(|(index, rule)| wire::GroupRule {
-            id: format!("{}/{direction}[{index}]", group.id),
+            id: format!("{}/{}[{index}]", group.id, direction.name()),
             group: group.id.clone(),
             egress: direction == Direction::Egress,
             ..rule
@@ -150,7 +145,7 @@ fn valid(
 ) -> Vec<Rule> {
     let mut valid: Vec<Rule> = Vec::new();
     let mut seen = BTreeSet::new();
-    for wire in rules.iter().filter(|rule| direction.is_of(rule)) {
+    for wire in rules.iter().filter(|rule| is_of(direction, rule)) {
         match rule(wire, group, known) {
             // SG-1.7: the same network again, written otherwise, is the same rule.
             Ok(rule) => {
@@ -158,8 +153,10 @@ fn valid(
                     valid.push(rule);
                 }
             }
-            Err(problem) => warnings
-                .push(&wire.id, format!("{direction} rule of {} ({}) left out: {problem}", group.id, group.name)),
+            Err(problem) => {
+                let (direction, id, name) = (direction.name(), &group.id, &group.name);
+                warnings.push(&wire.id, format!("{direction} rule of {id} ({name}) left out: {problem}"));
+            }
         }
     }
     valid
@@ -201,17 +198,6 @@ fn referred(
     }
 }
 
-impl Direction {
-    fn is_of(self, rule: &wire::GroupRule) -> bool {
-        rule.egress == (self == Self::Egress)
-    }
-}
-
-impl fmt::Display for Direction {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Ingress => "ingress",
-            Self::Egress => "egress",
-        })
-    }
+fn is_of(direction: Direction, rule: &wire::GroupRule) -> bool {
+    rule.egress == (direction == Direction::Egress)
 }

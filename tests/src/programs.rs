@@ -1,11 +1,12 @@
-//! bpf(2) as measuring needs it: programs of a few instructions, plain maps, BPF_PROG_TEST_RUN with repeats, and links.
-//! The agent's own programs come from its library; nothing here knows rules.
+//! bpf(2) as measuring and tampering need it: programs of a few instructions, plain maps, BPF_PROG_TEST_RUN with repeats,
+//! and links. The agent's own programs come from its library; nothing here knows rules.
 
 use std::ffi::c_void;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
 use nix::libc;
+use sg_agent::datapath::SkbContext;
 
 /// One instruction (include/uapi/linux/bpf.h: `struct bpf_insn`).
 #[repr(C)]
@@ -107,8 +108,10 @@ pub const ARRAY: u32 = 2;
 /// `BPF_MAP_TYPE_PROG_ARRAY`
 pub const PROGRAMS: u32 = 3;
 
-/// `TCX_NEXT` and `TC_ACT_UNSPEC`: passes.
+/// `TCX_NEXT` and `TC_ACT_UNSPEC`: passes, unless programs behind it say otherwise.
 pub const NEXT: i32 = -1;
+/// `TCX_PASS` and `TC_ACT_OK`: passes, whatever programs behind it say.
+pub const PASS: i32 = 0;
 /// `TC_ACT_SHOT`: drops.
 pub const SHOT: i32 = 2;
 
@@ -190,23 +193,6 @@ pub fn load_program(instructions: &[Insn]) -> io::Result<OwnedFd> {
     })
 }
 
-/// What `struct __sk_buff` tells a program that is run without a wire, up to the last field that is set.
-#[repr(C)]
-#[derive(Default)]
-struct Context {
-    len: u32,
-    pkt_type: u32,
-    mark: u32,
-    queue_mapping: u32,
-    protocol: u32,
-    vlan_present: u32,
-    vlan_tci: u32,
-    vlan_proto: u32,
-    priority: u32,
-    ingress_ifindex: u32,
-    ifindex: u32,
-}
-
 /// Runs a frame `repeat` times, as if it crossed the link `ifindex` of this thread's namespace; nanoseconds a run.
 ///
 /// # Errors
@@ -227,7 +213,7 @@ pub fn test_run(program: &OwnedFd, ifindex: u32, frame: &[u8], repeat: u32) -> i
         context_in: u64,
         context_out: u64,
     }
-    let context = Context { ifindex, ..Context::default() };
+    let context = SkbContext::new(ifindex, 0);
     let mut attributes = Test {
         program: program.as_raw_fd() as u32,
         returned: 0,
@@ -237,9 +223,9 @@ pub fn test_run(program: &OwnedFd, ifindex: u32, frame: &[u8], repeat: u32) -> i
         data_out: 0,
         repeat,
         duration: 0,
-        context_size_in: size_of::<Context>() as u32,
+        context_size_in: context.bytes().len() as u32,
         context_size_out: 0,
-        context_in: std::ptr::from_ref(&context) as u64,
+        context_in: context.bytes().as_ptr() as u64,
         context_out: 0,
     };
     bpf(10, &mut attributes)?;
@@ -260,14 +246,27 @@ pub enum Hook {
 /// # Errors
 /// The kernel's.
 pub fn attach(program: BorrowedFd<'_>, ifindex: u32, hook: Hook) -> io::Result<OwnedFd> {
+    create_link(program, ifindex, hook, 0)
+}
+
+/// The same before all programs that are attached already.
+///
+/// # Errors
+/// The kernel's.
+pub fn attach_first(program: BorrowedFd<'_>, ifindex: u32, hook: Hook) -> io::Result<OwnedFd> {
+    const BPF_F_BEFORE: u32 = 1 << 3;
+    create_link(program, ifindex, hook, BPF_F_BEFORE)
+}
+
+fn create_link(program: BorrowedFd<'_>, ifindex: u32, hook: Hook, flags: u32) -> io::Result<OwnedFd> {
     #[repr(C)]
-    struct Link {
+    struct Create {
         program: u32,
         ifindex: u32,
         hook: u32,
         flags: u32,
     }
-    bpf(28, &mut Link { program: program.as_raw_fd() as u32, ifindex, hook: hook as u32, flags: 0 }).map(owned)
+    bpf(28, &mut Create { program: program.as_raw_fd() as u32, ifindex, hook: hook as u32, flags }).map(owned)
 }
 
 /// A program that only returns.

@@ -1,0 +1,119 @@
+//! Policies into force and out of it: staged beside the old ones, bound by one word each, retired once nobody has them.
+//! Their entries are `policies`'.
+
+use std::sync::Arc;
+
+use sg_common::abi::{self, Binding};
+
+use super::members::Referenced;
+use super::policies::{Store, Usage, Written};
+use super::{Applier, ApplyError, check};
+use crate::compile::compile;
+use crate::resolve::{Desired, PolicyKey, Spec};
+
+/// Slots for policies in force: slot 0 is nobody's.
+pub(super) const MOST_BOUND: u32 = abi::MAX_BINDINGS - 1;
+
+/// A policy in force.
+#[derive(Debug)]
+pub(super) struct Bound {
+    pub(super) slot: u32,
+    pub(super) spec: Arc<Spec>,
+    pub(super) written: Written,
+}
+
+/// Policies that are written and not in force yet.
+pub(super) type Staged = Vec<(PolicyKey, Arc<Spec>, Written)>;
+
+impl Applier {
+    /// Compiles and writes every policy that is new or has changed. Nothing refers to them yet.
+    pub(super) fn stage(&mut self, desired: &Desired) -> Result<Staged, ApplyError> {
+        let changed: Vec<(&PolicyKey, &Arc<Spec>)> = desired
+            .policies
+            .iter()
+            .filter(|(key, spec)| self.bound.get(key).is_none_or(|bound| bound.spec != **spec))
+            .collect();
+        let missing = changed.iter().filter(|(key, _)| !self.bound.contains_key(key)).count();
+        check("group sets and network ACLs, those being replaced included", self.bound.len() + missing, MOST_BOUND)?;
+        let mut compiled = Vec::new();
+        for (key, spec) in changed {
+            let policy = compile(spec).map_err(|error| ApplyError::Compile { policy: key.to_string(), error })?;
+            compiled.push((key, spec, Arc::new(policy)));
+        }
+        let total =
+            |store: &Store| compiled.iter().fold(store.usage(), |usage, (.., policy)| usage.plus(&Usage::of(policy)));
+        if total(&self.store).check().is_err() {
+            // Old policies may be what is in the way.
+            self.collect();
+            total(&self.store).check()?;
+        }
+        let mut staged = Vec::new();
+        for (key, spec, policy) in compiled {
+            match self.store.write(&mut self.maps, policy) {
+                Ok(written) => staged.push((key.clone(), Arc::clone(spec), written)),
+                Err(error) => {
+                    self.unstage(&staged);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(staged)
+    }
+
+    pub(super) fn unstage(&mut self, staged: &[(PolicyKey, Arc<Spec>, Written)]) {
+        for (.., written) in staged {
+            self.store.unwrite(&mut self.maps, written);
+        }
+    }
+
+    /// Puts staged policies in force, one word each.
+    pub(super) fn bind(&mut self, staged: Staged) {
+        for (key, spec, written) in staged {
+            self.epoch = self.epoch.wrapping_add(1);
+            let binding = Binding { policy: written.number, epoch: self.epoch };
+            let slot = match self.bound.get(&key) {
+                Some(bound) => bound.slot,
+                None => self.slots.take().expect("as many slots as `stage` counted"),
+            };
+            self.maps.bindings.store(slot, word(binding));
+            self.tables.bindings.insert(slot, binding);
+            self.tables.policies.insert(written.number, Arc::clone(&written.compiled));
+            if let Some(old) = self.bound.insert(key, Bound { slot, spec, written }) {
+                self.tables.policies.remove(&old.written.number);
+                self.retired.push(old.written);
+            }
+        }
+    }
+
+    /// Retires policies that no interface has any more.
+    pub(super) fn unbind(&mut self, desired: &Desired) {
+        let gone: Vec<PolicyKey> =
+            self.bound.keys().filter(|key| !desired.policies.contains_key(key)).cloned().collect();
+        for key in gone {
+            let Some(bound) = self.bound.remove(&key) else { continue };
+            self.maps.bindings.store(bound.slot, 0);
+            self.tables.bindings.remove(&bound.slot);
+            self.tables.policies.remove(&bound.written.number);
+            self.slots.give(bound.slot);
+            self.retired.push(bound.written);
+        }
+    }
+
+    /// The groups that the policies in force refer to.
+    pub(super) fn referenced(&self) -> Referenced {
+        self.tables.policies.values().flat_map(|policy| policy.referenced()).collect()
+    }
+
+    /// Those that the policies will refer to.
+    pub(super) fn referenced_by(&self, desired: &Desired, staged: &Staged) -> Referenced {
+        let staying = self.bound.iter().filter(|(key, bound)| desired.policies.get(key) == Some(&bound.spec));
+        let staying = staying.map(|(_, bound)| &bound.written);
+        let written = staying.chain(staged.iter().map(|(.., written)| written));
+        written.flat_map(|written| written.compiled.referenced()).collect()
+    }
+}
+
+/// A binding as the one word that it is in the map.
+pub(super) fn word(binding: Binding) -> u64 {
+    u64::from(binding.policy) | u64::from(binding.epoch) << 32
+}
