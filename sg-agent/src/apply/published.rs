@@ -67,7 +67,10 @@ impl Applier {
                 Some(&number) => number,
                 None => {
                     let number = self.published.free.take().expect("as many numbers as were counted");
-                    self.maps.forget_denied(number).map_err(failed("DENIED"))?;
+                    if let Err(error) = self.maps.forget_denied(number) {
+                        self.published.free.give(number);
+                        return Err(failed("DENIED")(error).into());
+                    }
                     self.published.numbers.insert(port.clone(), number);
                     number
                 }
