@@ -5,6 +5,8 @@
 mod balancers;
 #[path = "proxy/datagrams.rs"]
 mod datagrams;
+#[path = "proxy/fresh.rs"]
+mod fresh;
 mod support;
 
 use std::io::ErrorKind;
@@ -13,7 +15,7 @@ use std::time::Duration;
 
 use nix::sys::socket::{MsgFlags, recv};
 use sg_agent::apply::Snapshot;
-use sg_agent::proxy::{Live, OnRevoke};
+use sg_agent::proxy::OnRevoke;
 use socket2::SockRef;
 use support::{
     Rules, Scene, connect, ends_in_reset, free_socket, is_reset, publish, reset, snapshot, talk, until, within,
@@ -225,33 +227,6 @@ async fn urgent_bytes_stay_urgent_and_in_their_place() {
         let mut pair = (from, to);
         talk(&mut pair).await;
     }
-}
-
-#[tokio::test]
-async fn fresh_rules_are_asked_for_at_each_connection() {
-    let (live, mut asks) = Live::new();
-    let live = live.patience(Duration::from_millis(500));
-    let scene = Scene::with(Rules::default(), 0, |proxy| proxy.live(Some(live))).await;
-    // Nobody answers: the rules in force would let it in, and don't count.
-    scene.enforce(&some());
-    assert!(is_reset(SOME, scene.at).await);
-    assert!(within(asks.recv()).await.expect("it was asked").is_closed());
-    scene.enforce(&Rules::default());
-    // The answer brings the rule that lets it in.
-    let client = tokio::spawn(connect(SOME, scene.at));
-    let ask = within(asks.recv()).await.expect("it was asked");
-    assert!(!scene.is_knocked_at());
-    scene.enforce(&some());
-    ask.send(()).unwrap();
-    let server = within(scene.server.accept()).await.unwrap().0;
-    talk(&mut (client.await.unwrap().unwrap(), server)).await;
-    // And the one that doesn't.
-    let client = tokio::spawn(is_reset(SOME, scene.at));
-    let ask = within(asks.recv()).await.expect("it was asked");
-    scene.enforce(&Rules::default());
-    ask.send(()).unwrap();
-    assert!(client.await.unwrap());
-    assert_eq!((scene.counters().accepted, scene.counters().refused), (1, 2));
 }
 
 #[tokio::test]

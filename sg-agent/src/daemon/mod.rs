@@ -130,6 +130,9 @@ const GRACE: Duration = Duration::from_secs(2);
 /// The longest that anybody may wait for what is desired.
 const LONGEST_WAIT: Duration = Duration::from_secs(86_400);
 
+/// Clients of published ports whom nobody has heard yet; who comes when there are more waits with the others.
+const ASKS: usize = 4_096;
+
 /// How often expired flows are taken out of the table. They count for nothing before that, but take up room.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -164,20 +167,22 @@ pub async fn run(options: Options) -> Result<()> {
         None => (None, None),
     };
     let lookout = Lookout::start(options.discovery.clone(), events.clone(), shutdown.clone());
-    let (renewals, mut renewing) = mpsc::channel(64);
+    let (asks, mut asked) = mpsc::channel(ASKS);
     let freshness = watch::Sender::new(false);
-    let fresh = Freshness::new(freshness.subscribe(), renewals, options.fresh_timeout);
+    let fresh = if options.live {
+        Freshness::always(asks)
+    } else {
+        Freshness::while_stale(freshness.subscribe(), asks, options.fresh_timeout)
+    };
     let snapshots = watch::Sender::new(applier.snapshot());
     let on_revoke = if config.flags & CUT_ON_REVOKE != 0 { proxy::OnRevoke::Cut } else { proxy::OnRevoke::Aws };
-    let (live, mut asks) = proxy::Live::new();
     let proxy = Proxy::new(snapshots.subscribe(), mark)
         .on_revoke(on_revoke)
         .fresh(fresh)
         .idle(udp_idle(&config))
         .most_connections(proxy::MOST_CONNECTIONS.min(open_files.saturating_sub(OWN_FILES) / FILES_OF_CONNECTION))
         .trust(options.trust_proxy.clone())
-        .tell_client(options.tell_client)
-        .live(options.live.then_some(live));
+        .tell_client(options.tell_client);
     let launcher = launched::start(&options, &snapshots, events.clone(), shutdown.clone())?;
     let pollers = Pollers::new(&options, events)?;
     let mut daemon = Daemon {
@@ -188,7 +193,7 @@ pub async fn run(options: Options) -> Result<()> {
         deny: options.deny,
         early_drop: if options.live { EarlyDrop::Off } else { options.early_drop },
         trusts_balancers: !options.trust_proxy.is_empty(),
-        asked: Vec::new(),
+        live: options.live,
         applier,
         proxy,
         snapshots,
@@ -216,6 +221,7 @@ pub async fn run(options: Options) -> Result<()> {
     sweeps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut looks = tokio::time::interval(verify::INTERVAL);
     looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut asking = Vec::new();
     loop {
         tokio::select! {
             event = inbox.recv() => match event {
@@ -223,10 +229,9 @@ pub async fn run(options: Options) -> Result<()> {
                 None => break,
             },
             Some(commit) = committing.recv() => daemon.commit(commit),
-            Some(reply) = renewing.recv() => daemon.renew(reply),
+            1.. = asked.recv_many(&mut asking, ASKS) => daemon.renew(asking.drain(..)),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            Some(ask) = asks.recv() => daemon.ask_endpoint(ask),
             _ = sweeps.tick() => daemon.sweep(),
             _ = looks.tick() => daemon.verify(),
             () = daemon.desk.next_deadline() => daemon.desk.expire(),
@@ -290,8 +295,8 @@ struct Daemon {
     deny: proxy::Deny,
     early_drop: EarlyDrop,
     trusts_balancers: bool,
-    /// Connections that wait for rules that are read from this moment on (`--live=endpoint`).
-    asked: Vec<(Instant, proxy::Ask)>,
+    /// Whether each connection has the endpoint read (`--live=endpoint`).
+    live: bool,
     resolver: Resolver,
     applier: Applier,
     proxy: Proxy,

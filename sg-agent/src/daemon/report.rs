@@ -84,7 +84,6 @@ impl Daemon {
         let errors = self.pollers.running.values().filter_map(Poller::error);
         let problems: Vec<String> = self.problems().into_iter().chain(errors).chain(underway).collect();
         self.desk.serve(since, problems);
-        self.answer_asked();
     }
 
     /// What keeps the desired state from being the enforced one.

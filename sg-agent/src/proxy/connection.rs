@@ -60,7 +60,7 @@ pub struct Port {
 pub(super) enum Refusal {
     #[error("the instance is not attached")]
     Gone,
-    #[error("the endpoint did not answer in time (--live=endpoint)")]
+    #[error("the endpoint was not read since the client came (--live=endpoint)")]
     Unanswered,
     #[error("{}", .0.name())]
     Denied(Drop),
@@ -113,7 +113,7 @@ impl Port {
         // Before it is judged, so that no change in between is missed.
         let mut snapshots = self.service.snapshots.clone();
         snapshots.mark_unchanged();
-        let Ok((place, pass)) = self.admit(client, self.refresh().await) else {
+        let Ok((place, pass)) = self.admit(client, self.service.freshness.renew().await) else {
             return reset(stream);
         };
         let _active = self.counts.activate();
@@ -157,18 +157,6 @@ impl Port {
             tracing::debug!(port = %self.published, %peer, %error, "closed");
         })
         .ok()
-    }
-
-    /// Waits for rules that are read from now on, if each client is to have them, or those in force are stale; whether the
-    /// client may be judged by what is in force then.
-    pub(super) async fn refresh(&self) -> bool {
-        match &self.service.settings.live {
-            Some(live) => live.refresh().await,
-            None => {
-                self.service.freshness.renew().await;
-                true
-            }
-        }
     }
 
     /// Judges a client who comes, by rules that are `fresh` enough, and counts what comes of it.
