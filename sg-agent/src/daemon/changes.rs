@@ -95,11 +95,8 @@ impl Daemon {
         }
     }
 
-    /// The sources whose last read failed, or that a change was answered without.
+    /// The sources that what is enforced may be behind.
     pub(super) fn stale(&self) -> BTreeSet<Hint> {
-        let failed = self.pollers.running.iter().filter(|(_, poller)| poller.error().is_some());
-        let failed = failed.map(|(hint, _)| hint.clone());
-        let overdue = self.commits.overdue().filter(|hint| self.pollers.running.contains_key(*hint)).cloned();
-        failed.chain(overdue).collect()
+        self.commits.stale(&self.pollers.running, self.apply_error.as_ref())
     }
 }

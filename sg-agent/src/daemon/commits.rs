@@ -108,8 +108,18 @@ impl Commits {
         .await;
     }
 
+    /// The sources that what is enforced may be behind: whose last read failed, or that a change was answered without. All
+    /// of them while `refused` says why what was read isn't enforced, whoever's part of it that was.
+    pub fn stale(&self, pollers: &BTreeMap<Hint, Poller>, refused: Option<&String>) -> BTreeSet<Hint> {
+        let is_stale = |hint: &Hint, poller: &Poller| {
+            refused.is_some() || poller.error().is_some() || self.overdue().any(|overdue| overdue == hint)
+        };
+        let stale = pollers.iter().filter(|(hint, poller)| is_stale(hint, poller));
+        stale.map(|(hint, _)| hint.clone()).collect()
+    }
+
     /// The sources that somebody has waited for in vain.
-    pub fn overdue(&self) -> impl Iterator<Item = &Hint> {
+    fn overdue(&self) -> impl Iterator<Item = &Hint> {
         self.overdue.keys().map(|(hint, _)| hint)
     }
 }
@@ -232,6 +242,23 @@ mod tests {
         pollers.get_mut(&source).unwrap().has_read(asked, Extent::Rules);
         commits.serve(&pollers, None);
         assert_eq!(commits.overdue().collect::<Vec<_>>(), [&source]);
+    }
+
+    #[tokio::test]
+    async fn stale_is_what_failed_and_all_while_nothing_is_enforced() {
+        let (mut commits, mut pollers) = (Commits::default(), pollers());
+        let asked = Instant::now();
+        assert_eq!(commits.stale(&pollers, None), BTreeSet::new());
+        let all = BTreeSet::from([hint("1"), hint("2")]);
+        assert_eq!(commits.stale(&pollers, Some(&"no room".to_owned())), all);
+        pollers.get_mut(&hint("2")).unwrap().has_failed(asked);
+        assert_eq!(commits.stale(&pollers, None), [hint("2")].into());
+        drop(waits(&mut commits, asked, Subject::Rules));
+        commits.serve(&pollers, None);
+        assert_eq!(commits.stale(&pollers, None), all, "a change was answered without the other's read");
+        pollers.values_mut().for_each(|poller| poller.has_read(asked, Extent::Enforced));
+        commits.serve(&pollers, None);
+        assert_eq!(commits.stale(&pollers, None), BTreeSet::new());
     }
 
     #[tokio::test]
