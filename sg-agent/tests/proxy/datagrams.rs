@@ -9,9 +9,8 @@ use tokio::net::UdpSocket;
 use tokio::sync::watch;
 
 use crate::support::{Rules, free_socket, publish, snapshot, until, within};
+use crate::{OTHER, SOME, some};
 
-const SOME: &str = "127.0.0.3";
-const OTHER: &str = "127.0.0.4";
 /// How long it must be silent where nothing may come. What comes takes less than a millisecond.
 const SILENCE: Duration = Duration::from_millis(300);
 
@@ -67,10 +66,6 @@ impl Scene {
         let heard = tokio::time::timeout(SILENCE, self.server.recv(&mut [0; 16])).await;
         assert!(heard.is_err(), "{heard:?}");
     }
-}
-
-fn some() -> Rules {
-    Rules::from(&["127.0.0.3/32"])
 }
 
 #[tokio::test]

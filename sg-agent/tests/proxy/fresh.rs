@@ -6,12 +6,7 @@ use sg_agent::proxy::{Ask, Freshness};
 use tokio::sync::{mpsc, watch};
 
 use crate::support::{Rules, Scene, connect, is_reset, talk, within};
-
-const SOME: &str = "127.0.0.3";
-
-fn some() -> Rules {
-    Rules::from(&["127.0.0.3/32"])
-}
+use crate::{SOME, some};
 
 /// The next one who asks.
 async fn next(asked: &mut mpsc::Receiver<Ask>) -> Ask {
