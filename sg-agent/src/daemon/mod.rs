@@ -12,6 +12,7 @@ mod look;
 mod pace;
 mod poll;
 mod pollers;
+mod publish;
 mod report;
 mod state;
 mod verify;
@@ -40,7 +41,7 @@ use self::verify::Repairs;
 use crate::apply::{Applier, Snapshot};
 use crate::datapath::{Datapath, Pins};
 use crate::discovery;
-use crate::early::{self, EarlyDrop};
+use crate::early::EarlyDrop;
 use crate::gateway::{self, Gateway};
 use crate::launcher;
 use crate::model::{Inventory, Scope, Warning};
@@ -441,36 +442,6 @@ impl Daemon {
         self.publish().await;
     }
 
-    /// From the ports that are wanted to those that are open.
-    async fn publish(&mut self) {
-        let wanted = self.published();
-        self.proxy_warnings = self.proxy.reconcile(wanted).await;
-        self.proxy_warnings.extend(self.unattached());
-        let early = tokio::task::block_in_place(|| self.drop_early());
-        self.proxy_warnings.extend(early);
-        self.tell();
-    }
-
-    /// Has programs judge clients of published ports before their handshake, at the sockets that are open now.
-    fn drop_early(&mut self) -> Vec<Warning> {
-        let (host, mut listening) = (&self.view.discovered.host_links, self.proxy.listening());
-        // Who comes while rules are stale has them read anew, which takes the proxy.
-        self.early_is_stale = *self.freshness.borrow();
-        if self.early_is_stale {
-            listening.clear();
-        }
-        // Whose packets come from a balancer only its header tells.
-        listening.retain(|socket| !self.trusts_balancers || socket.published.transport == proxy::Transport::Udp);
-        let (links, mut warnings) = self.early_drop.links(host, &listening);
-        let sockets = early::sockets(&listening, host, &self.applier.snapshot(), self.deny);
-        if let Err(error) = self.applier.publish(&sockets) {
-            let problem = format!("denied clients are reset after their handshake: {error}");
-            warnings.push(Warning { subject: "published ports".into(), problem });
-        }
-        warnings.extend(self.applier.watch(&links));
-        warnings
-    }
-
     /// Whether every source and every link was read since the start.
     fn is_complete(&self) -> bool {
         self.view.looked.is_some()
@@ -486,21 +457,5 @@ impl Daemon {
             Ok(live) => self.flows = live,
             Err(error) => tracing::warn!(%error, "expired flows stay in the table"),
         }
-    }
-
-    /// The ports that flags, containers and the launcher publish.
-    fn published(&self) -> Vec<proxy::Published> {
-        let by_label = self.view.discovered.attachments.iter().flat_map(|attachment| {
-            attachment.publish.iter().map(|port| proxy::PublishSpec {
-                instance: attachment.instance.clone(),
-                bind: None,
-                host_port: port.host_port,
-                port: port.port,
-                transport: port.transport,
-            })
-        });
-        let launched = self.launched();
-        let launched = launched.iter().flat_map(|launched| launched.ports.iter().cloned());
-        self.flags.iter().cloned().chain(by_label).chain(launched).map(proxy::Published::from).collect()
     }
 }
