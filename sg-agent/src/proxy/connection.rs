@@ -34,6 +34,8 @@ pub struct Service {
     pub connections: TaskTracker,
     /// Room for connections of all ports.
     pub limit: Arc<Semaphore>,
+    /// How much of it flows of datagrams may take.
+    pub flows: Arc<Semaphore>,
     pub reset: CancellationToken,
 }
 
@@ -41,6 +43,7 @@ pub struct Service {
 #[derive(Debug)]
 pub struct Permit {
     _of_port: OwnedSemaphorePermit,
+    _of_flows: Option<OwnedSemaphorePermit>,
     _of_all: OwnedSemaphorePermit,
 }
 
@@ -92,13 +95,15 @@ impl Port {
         let take = async |limit: &Arc<Semaphore>| {
             Arc::clone(limit).acquire_owned().await.expect("the semaphore is never closed")
         };
-        Permit { _of_port: take(&self.limit).await, _of_all: take(&self.service.limit).await }
+        Permit { _of_port: take(&self.limit).await, _of_flows: None, _of_all: take(&self.service.limit).await }
     }
 
-    /// The same, if there is room now.
-    pub fn try_permit(&self) -> Option<Permit> {
+    /// Room for one more flow of datagrams, if there is any now. A flow takes no handshake: who sends by others' addresses
+    /// makes as many as it likes, and they must not take all connections' room.
+    pub fn try_flow(&self) -> Option<Permit> {
         let take = |limit: &Arc<Semaphore>| Arc::clone(limit).try_acquire_owned().ok();
-        Some(Permit { _of_port: take(&self.limit)?, _of_all: take(&self.service.limit)? })
+        let (of_port, of_flows) = (take(&self.limit)?, take(&self.service.flows)?);
+        Some(Permit { _of_port: of_port, _of_flows: Some(of_flows), _of_all: take(&self.service.limit)? })
     }
 
     pub fn counters(&self) -> PortCounters {

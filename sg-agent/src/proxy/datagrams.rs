@@ -180,7 +180,7 @@ impl Flows {
                 Some(is_fresh) => is_fresh,
                 None => *fresh.insert(self.port.service.freshness.renew().await),
             };
-            let Some(permit) = self.port.try_permit() else {
+            let Some(permit) = self.port.try_flow() else {
                 self.port.counts.refused.fetch_add(1, Relaxed);
                 continue;
             };

@@ -94,6 +94,7 @@ pub struct Proxy {
     connections: TaskTracker,
     most: usize,
     limit: Arc<Semaphore>,
+    flows: Arc<Semaphore>,
     /// Ends connections that outlive the grace time.
     reset: CancellationToken,
 }
@@ -158,6 +159,7 @@ impl Proxy {
             connections: TaskTracker::new(),
             most: MOST_CONNECTIONS,
             limit: Arc::new(Semaphore::new(MOST_CONNECTIONS)),
+            flows: Arc::new(Semaphore::new(most_flows(MOST_CONNECTIONS))),
             reset: CancellationToken::new(),
         }
     }
@@ -183,11 +185,12 @@ impl Proxy {
         self
     }
 
-    /// How many connections all ports have at once. For ports that are opened from now on.
+    /// How many connections all ports have at once, half of them flows of datagrams at most. For ports that are opened from now on.
     #[must_use]
     pub fn most_connections(mut self, most: usize) -> Self {
         self.most = most.min(Semaphore::MAX_PERMITS);
         self.limit = Arc::new(Semaphore::new(self.most));
+        self.flows = Arc::new(Semaphore::new(most_flows(self.most)));
         self
     }
 
@@ -249,6 +252,7 @@ impl Proxy {
                     pipes: Arc::clone(&self.pipes),
                     connections: self.connections.clone(),
                     limit: Arc::clone(&self.limit),
+                    flows: Arc::clone(&self.flows),
                     reset: self.reset.clone(),
                 };
                 Arc::new(Port::new(published.clone(), service))
@@ -347,6 +351,11 @@ impl Drop for Proxy {
         }
         self.reset.cancel();
     }
+}
+
+/// How many of all connections may be flows of datagrams.
+fn most_flows(most: usize) -> usize {
+    most.div_ceil(2)
 }
 
 /// Binds a socket, and has a task listen there.
