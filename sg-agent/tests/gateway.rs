@@ -319,6 +319,26 @@ async fn an_endpoint_that_does_not_answer_is_502_and_still_read_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_is_too_long_to_be_held_is_502_after_its_commit() {
+    const LENGTH: usize = 65 << 20;
+    let mut stage = stage(PATIENCE).await;
+    let (mut client, mut server, _) = stage.passes(&change("RunInstances"), b"2016-11-15").await;
+    server.say(format!("HTTP/1.1 200 OK\r\nContent-Length: {LENGTH}\r\nConnection: close\r\n\r\n").as_bytes()).await;
+    within(server.say(&vec![7; LENGTH - 1])).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(stage.commits.try_recv().is_err(), "the endpoint hasn't done all of it");
+    server.say(&[7]).await;
+    let commit = within(stage.commits.recv()).await.unwrap();
+    client.has_nothing().await;
+    commit.reply.send(Ok(())).unwrap();
+    let (lines, body) = head_of(&client.hear(b"changed\n").await).clone_parts();
+    assert_eq!(lines[0], "HTTP/1.1 502 Bad Gateway");
+    assert!(String::from_utf8(body).unwrap().contains("longer than 64 MiB"));
+    let status = stage.gateway.status();
+    assert_eq!((status.committed, status.unanswered), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_change_is_committed_though_its_client_has_gone() {
     let mut stage = stage(PATIENCE).await;
     let (mut client, mut server, _) = stage.passes(&change("RunInstances"), b"2016-11-15").await;

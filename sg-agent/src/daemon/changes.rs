@@ -1,15 +1,14 @@
-//! Changes that somebody waits for: those that pass the gateway, and stale rules that the proxy is about to rely on.
-//! Owns whose state is read anew; when that is done, `commits` tells.
+//! Reads that somebody waits for: of changes that pass the gateway, and of rules that the proxy is about to rely on. Owns
+//! whose state is read anew; when that is done, `commits` tells.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
 
 use anyhow::Result;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::commits::Subject;
-use super::poll::Poller;
 use super::pollers::Hint;
 use super::{Daemon, Origins};
 use crate::gateway::{self, Commit, Gateway, GatewayError};
@@ -74,33 +73,17 @@ impl Daemon {
         self.commits.wait(asked, subject, hints, reply);
     }
 
-    /// Somebody is about to rely on rules that are stale: they are read anew.
-    pub(super) fn renew(&mut self, reply: oneshot::Sender<Result<(), String>>) {
+    /// Clients of published ports wait for rules that are read from now on: of every source, if each client is to have
+    /// them (`--live=endpoint`), else of those that are stale. Who asks while one read is under way shares the next.
+    pub(super) fn renew(&mut self, asks: impl Iterator<Item = proxy::Ask>) {
         // Before anybody hurries: a read that begins at once counts.
         let asked = Instant::now();
-        let hints = self.stale();
+        let hints = if self.live { self.pollers.running.keys().cloned().collect() } else { self.stale() };
         for poller in hints.iter().filter_map(|hint| self.pollers.running.get(hint)) {
             poller.hurry(Extent::Enforced);
         }
-        self.commits.wait(asked, Subject::Stale, hints, reply);
-    }
-
-    /// Somebody waits for rules that are read from now on. Who asks while one read is under way shares the next.
-    pub(super) fn ask_endpoint(&mut self, ask: proxy::Ask) {
-        self.asked.retain(|(_, waiting)| !waiting.is_closed());
-        self.asked.push((Instant::now(), ask));
-        for poller in self.pollers.running.values() {
-            poller.hurry(Extent::Enforced);
-        }
-    }
-
-    /// Tells those who asked before the last read of every source that it is enforced.
-    pub(super) fn answer_asked(&mut self) {
-        let oldest = self.pollers.running.values().map(Poller::last_success).min().flatten();
-        let Some(oldest) = oldest.filter(|_| self.apply_error.is_none()) else { return };
-        for (_, ask) in self.asked.extract_if(.., |(asked, _)| *asked <= oldest) {
-            // Who has given up needs no answer.
-            let _ = ask.send(());
+        for ask in asks {
+            self.commits.wait(asked, Subject::Nothing, hints.clone(), ask);
         }
     }
 
@@ -112,11 +95,8 @@ impl Daemon {
         }
     }
 
-    /// The sources whose last read failed, or that a change was answered without.
+    /// The sources that what is enforced may be behind.
     pub(super) fn stale(&self) -> BTreeSet<Hint> {
-        let failed = self.pollers.running.iter().filter(|(_, poller)| poller.error().is_some());
-        let failed = failed.map(|(hint, _)| hint.clone());
-        let overdue = self.commits.overdue().filter(|hint| self.pollers.running.contains_key(*hint)).cloned();
-        failed.chain(overdue).collect()
+        self.commits.stale(&self.pollers.running, self.apply_error.as_ref())
     }
 }

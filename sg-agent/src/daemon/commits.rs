@@ -1,6 +1,6 @@
-//! Those who wait until what they changed, or what is stale, was read anew and is enforced: the gateway's changes, and
-//! the proxy's connections. Owns whose reads each of them waits for, and what nobody waits for any more though it isn't
-//! read; the reads are the pollers'.
+//! Those who wait until what they changed, or are to be judged by, was read anew and is enforced: the gateway's changes,
+//! and the proxy's connections. Owns whose reads each of them waits for, and what nobody waits for any more though it
+//! isn't read; the reads are the pollers'.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::poll_fn;
@@ -12,15 +12,15 @@ use tokio::sync::oneshot;
 use super::poll::Poller;
 use super::pollers::Hint;
 
-/// What is to be read.
+/// What has changed, as far as the one who waits knows.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Subject {
-    /// A change of rules alone.
+    /// Rules alone.
     Rules,
-    /// Any change.
+    /// Anything.
     Anything,
-    /// What was stale already: who waits for it has changed nothing.
-    Stale,
+    /// Nothing by the one who waits, who is to be judged by whatever is so now.
+    Nothing,
 }
 
 /// Somebody waits for reads that began after `asked`.
@@ -90,7 +90,7 @@ impl Commits {
 
     /// A change is answered before it was read: until it is, the policy is stale.
     fn miss(&mut self, waiting: &Waiting) {
-        if waiting.subject == Subject::Stale {
+        if waiting.subject == Subject::Nothing {
             return;
         }
         for hint in &waiting.hints {
@@ -108,8 +108,18 @@ impl Commits {
         .await;
     }
 
+    /// The sources that what is enforced may be behind: whose last read failed, or that a change was answered without. All
+    /// of them while `refused` says why what was read isn't enforced, whoever's part of it that was.
+    pub fn stale(&self, pollers: &BTreeMap<Hint, Poller>, refused: Option<&String>) -> BTreeSet<Hint> {
+        let is_stale = |hint: &Hint, poller: &Poller| {
+            refused.is_some() || poller.error().is_some() || self.overdue().any(|overdue| overdue == hint)
+        };
+        let stale = pollers.iter().filter(|(hint, poller)| is_stale(hint, poller));
+        stale.map(|(hint, _)| hint.clone()).collect()
+    }
+
     /// The sources that somebody has waited for in vain.
-    pub fn overdue(&self) -> impl Iterator<Item = &Hint> {
+    fn overdue(&self) -> impl Iterator<Item = &Hint> {
         self.overdue.keys().map(|(hint, _)| hint)
     }
 }
@@ -196,9 +206,27 @@ mod tests {
     #[tokio::test]
     async fn who_has_changed_nothing_leaves_nothing_behind() {
         let mut commits = Commits::default();
-        drop(waits(&mut commits, Instant::now(), Subject::Stale));
+        drop(waits(&mut commits, Instant::now(), Subject::Nothing));
         commits.serve(&pollers(), None);
         assert_eq!((commits.waiting.len(), commits.overdue().count()), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn one_read_is_for_all_who_asked_before_it_began_and_for_nobody_else() {
+        let (mut commits, mut pollers) = (Commits::default(), pollers());
+        let asked = Instant::now();
+        let (began, later) = (asked + Duration::from_millis(1), asked + Duration::from_millis(2));
+        let before: Vec<Told> = (0..3).map(|_| waits(&mut commits, asked, Subject::Nothing)).collect();
+        let mut after = waits(&mut commits, later, Subject::Nothing);
+        pollers.get_mut(&hint("1")).unwrap().has_read(began, Extent::Enforced);
+        commits.serve(&pollers, None);
+        for told in before {
+            assert_eq!(told.await, Ok(Ok(())));
+        }
+        assert!(after.try_recv().is_err(), "that read was under way already");
+        pollers.get_mut(&hint("1")).unwrap().has_read(later, Extent::Enforced);
+        commits.serve(&pollers, Some(&"no room".to_owned()));
+        assert_eq!(after.await, Ok(Err("no room".to_owned())), "read, and not enforced");
     }
 
     #[tokio::test]
@@ -214,6 +242,23 @@ mod tests {
         pollers.get_mut(&source).unwrap().has_read(asked, Extent::Rules);
         commits.serve(&pollers, None);
         assert_eq!(commits.overdue().collect::<Vec<_>>(), [&source]);
+    }
+
+    #[tokio::test]
+    async fn stale_is_what_failed_and_all_while_nothing_is_enforced() {
+        let (mut commits, mut pollers) = (Commits::default(), pollers());
+        let asked = Instant::now();
+        assert_eq!(commits.stale(&pollers, None), BTreeSet::new());
+        let all = BTreeSet::from([hint("1"), hint("2")]);
+        assert_eq!(commits.stale(&pollers, Some(&"no room".to_owned())), all);
+        pollers.get_mut(&hint("2")).unwrap().has_failed(asked);
+        assert_eq!(commits.stale(&pollers, None), [hint("2")].into());
+        drop(waits(&mut commits, asked, Subject::Rules));
+        commits.serve(&pollers, None);
+        assert_eq!(commits.stale(&pollers, None), all, "a change was answered without the other's read");
+        pollers.values_mut().for_each(|poller| poller.has_read(asked, Extent::Enforced));
+        commits.serve(&pollers, None);
+        assert_eq!(commits.stale(&pollers, None), BTreeSet::new());
     }
 
     #[tokio::test]

@@ -12,6 +12,7 @@ mod look;
 mod pace;
 mod poll;
 mod pollers;
+mod publish;
 mod report;
 mod scrape;
 mod state;
@@ -42,7 +43,7 @@ use self::verify::Repairs;
 use crate::apply::{Applier, Snapshot};
 use crate::datapath::{Datapath, Pins};
 use crate::discovery;
-use crate::early::{self, EarlyDrop};
+use crate::early::EarlyDrop;
 use crate::gateway::{self, Gateway};
 use crate::launcher;
 use crate::model::{Inventory, Scope, Warning};
@@ -134,6 +135,9 @@ const GRACE: Duration = Duration::from_secs(2);
 /// The longest that anybody may wait for what is desired.
 const LONGEST_WAIT: Duration = Duration::from_secs(86_400);
 
+/// Clients of published ports whom nobody has heard yet; who comes when there are more waits with the others.
+const ASKS: usize = 4_096;
+
 /// How often expired flows are taken out of the table. They count for nothing before that, but take up room.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -171,20 +175,22 @@ pub async fn run(options: Options) -> Result<()> {
         None => (None, None),
     };
     let lookout = Lookout::start(options.discovery.clone(), events.clone(), shutdown.clone());
-    let (renewals, mut renewing) = mpsc::channel(64);
+    let (asks, mut asked) = mpsc::channel(ASKS);
     let freshness = watch::Sender::new(false);
-    let fresh = Freshness::new(freshness.subscribe(), renewals, options.fresh_timeout);
+    let fresh = if options.live {
+        Freshness::always(asks)
+    } else {
+        Freshness::while_stale(freshness.subscribe(), asks, options.fresh_timeout)
+    };
     let snapshots = watch::Sender::new(applier.snapshot());
     let on_revoke = if config.flags & CUT_ON_REVOKE != 0 { proxy::OnRevoke::Cut } else { proxy::OnRevoke::Aws };
-    let (live, mut asks) = proxy::Live::new();
     let proxy = Proxy::new(snapshots.subscribe(), mark)
         .on_revoke(on_revoke)
         .fresh(fresh)
         .idle(udp_idle(&config))
         .most_connections(proxy::MOST_CONNECTIONS.min(open_files.saturating_sub(OWN_FILES) / FILES_OF_CONNECTION))
         .trust(options.trust_proxy.clone())
-        .tell_client(options.tell_client)
-        .live(options.live.then_some(live));
+        .tell_client(options.tell_client);
     let launcher = launched::start(&options, &snapshots, events.clone(), shutdown.clone())?;
     let pollers = Pollers::new(&options, events)?;
     let mut daemon = Daemon {
@@ -195,7 +201,7 @@ pub async fn run(options: Options) -> Result<()> {
         deny: options.deny,
         early_drop: if options.live { EarlyDrop::Off } else { options.early_drop },
         trusts_balancers: !options.trust_proxy.is_empty(),
-        asked: Vec::new(),
+        live: options.live,
         applier,
         proxy,
         snapshots,
@@ -223,6 +229,7 @@ pub async fn run(options: Options) -> Result<()> {
     sweeps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut looks = tokio::time::interval(verify::INTERVAL);
     looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut asking = Vec::new();
     loop {
         tokio::select! {
             event = inbox.recv() => match event {
@@ -230,10 +237,9 @@ pub async fn run(options: Options) -> Result<()> {
                 None => break,
             },
             Some(commit) = committing.recv() => daemon.commit(commit),
-            Some(reply) = renewing.recv() => daemon.renew(reply),
+            1.. = asked.recv_many(&mut asking, ASKS) => daemon.renew(asking.drain(..)),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            Some(ask) = asks.recv() => daemon.ask_endpoint(ask),
             _ = sweeps.tick() => daemon.sweep(),
             _ = looks.tick() => daemon.verify(),
             () = daemon.desk.next_deadline() => daemon.desk.expire(),
@@ -297,8 +303,8 @@ struct Daemon {
     deny: proxy::Deny,
     early_drop: EarlyDrop,
     trusts_balancers: bool,
-    /// Connections that wait for rules that are read from this moment on (`--live=endpoint`).
-    asked: Vec<(Instant, proxy::Ask)>,
+    /// Whether each connection has the endpoint read (`--live=endpoint`).
+    live: bool,
     resolver: Resolver,
     applier: Applier,
     proxy: Proxy,
@@ -443,36 +449,6 @@ impl Daemon {
         self.publish().await;
     }
 
-    /// From the ports that are wanted to those that are open.
-    async fn publish(&mut self) {
-        let wanted = self.published();
-        self.proxy_warnings = self.proxy.reconcile(wanted).await;
-        self.proxy_warnings.extend(self.unattached());
-        let early = tokio::task::block_in_place(|| self.drop_early());
-        self.proxy_warnings.extend(early);
-        self.tell();
-    }
-
-    /// Has programs judge clients of published ports before their handshake, at the sockets that are open now.
-    fn drop_early(&mut self) -> Vec<Warning> {
-        let (host, mut listening) = (&self.view.discovered.host_links, self.proxy.listening());
-        // Who comes while rules are stale has them read anew, which takes the proxy.
-        self.early_is_stale = *self.freshness.borrow();
-        if self.early_is_stale {
-            listening.clear();
-        }
-        // Whose packets come from a balancer only its header tells.
-        listening.retain(|socket| !self.trusts_balancers || socket.published.transport == proxy::Transport::Udp);
-        let (links, mut warnings) = self.early_drop.links(host, &listening);
-        let sockets = early::sockets(&listening, host, &self.applier.snapshot(), self.deny);
-        if let Err(error) = self.applier.publish(&sockets) {
-            let problem = format!("denied clients are reset after their handshake: {error}");
-            warnings.push(Warning { subject: "published ports".into(), problem });
-        }
-        warnings.extend(self.applier.watch(&links));
-        warnings
-    }
-
     /// Whether every source and every link was read since the start.
     fn is_complete(&self) -> bool {
         self.view.looked.is_some()
@@ -488,21 +464,5 @@ impl Daemon {
             Ok(live) => self.flows = live,
             Err(error) => tracing::warn!(%error, "expired flows stay in the table"),
         }
-    }
-
-    /// The ports that flags, containers and the launcher publish.
-    fn published(&self) -> Vec<proxy::Published> {
-        let by_label = self.view.discovered.attachments.iter().flat_map(|attachment| {
-            attachment.publish.iter().map(|port| proxy::PublishSpec {
-                instance: attachment.instance.clone(),
-                bind: None,
-                host_port: port.host_port,
-                port: port.port,
-                transport: port.transport,
-            })
-        });
-        let launched = self.launched();
-        let launched = launched.iter().flat_map(|launched| launched.ports.iter().cloned());
-        self.flags.iter().cloned().chain(by_label).chain(launched).map(proxy::Published::from).collect()
     }
 }

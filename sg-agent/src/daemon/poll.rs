@@ -366,6 +366,7 @@ impl Poller {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::fake::{Fake, Reply};
 
     #[tokio::test]
     async fn what_was_modified_outlives_a_read_that_fails() {
@@ -382,6 +383,39 @@ mod tests {
         assert!(ec2.has_corrections(), "the endpoint shows the rule as it was before");
         poller.forget();
         assert!(!ec2.has_corrections(), "after a reset it is another rule");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn all_who_hurry_while_a_read_is_under_way_share_the_next() {
+        let (open, gate) = std::sync::mpsc::channel();
+        let gate = std::sync::Mutex::new(gate);
+        let fake = Fake::start(move |_, _| {
+            tokio::task::block_in_place(|| gate.lock().unwrap().recv().expect("the test lets it answer"));
+            Reply::ok("<DescribeInstancesResponse><reservationSet/></DescribeInstancesResponse>")
+        })
+        .await;
+        let options =
+            Ec2Options { endpoint: Some(fake.url.clone()), region: Some("us-east-1".into()), ..Ec2Options::default() };
+        let (events, mut read) = mpsc::channel(8);
+        let day = Duration::from_secs(86_400);
+        let poller = Poller::of_endpoint(&options, (None, None), day, events).unwrap();
+        while fake.requests().is_empty() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let asked = Instant::now();
+        (0..20).for_each(|_| poller.hurry(Extent::Enforced));
+        let mut next = async || {
+            open.send(()).unwrap();
+            match read.recv().await {
+                Some(Event::Polled(polled)) => polled.began,
+                _ => panic!("it reads, and nothing else"),
+            }
+        };
+        assert!(next().await < asked, "the one that was under way");
+        assert!(next().await >= asked, "the one for all of them");
+        poller.hurry(Extent::Enforced);
+        next().await;
+        assert_eq!(fake.requests().len(), 3, "nobody had one alone");
     }
 
     #[test]

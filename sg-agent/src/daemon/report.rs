@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use super::poll::Poller;
 use super::{Daemon, Reply};
-use crate::model::{InstanceId, Warning};
+use crate::model::Warning;
 use crate::status::{Report, Status};
 use crate::{explain, live, proxy};
 
@@ -22,17 +22,6 @@ impl Daemon {
             }
         }
         Reply::Explanation(explanation)
-    }
-
-    /// Published ports of instances that aren't attached here: every client is refused.
-    pub(super) fn unattached(&self) -> Vec<Warning> {
-        let attached = |instance: &InstanceId| self.view.discovered.attachments.iter().any(|a| a.instance == *instance);
-        let missing = self.flags.iter().filter(|port| !attached(&port.instance));
-        let warn = |port: &proxy::PublishSpec| Warning {
-            subject: port.instance.to_string(),
-            problem: format!("is not attached here: clients of host port {} are refused until it is", port.host_port),
-        };
-        missing.map(warn).collect()
     }
 
     /// Logs each warning once for as long as it stands.
@@ -84,7 +73,6 @@ impl Daemon {
         let errors = self.pollers.running.values().filter_map(Poller::error);
         let problems: Vec<String> = self.problems().into_iter().chain(errors).chain(underway).collect();
         self.desk.serve(since, problems);
-        self.answer_asked();
     }
 
     /// What keeps the desired state from being the enforced one.

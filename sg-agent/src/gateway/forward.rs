@@ -7,23 +7,21 @@ use std::time::{Duration, Instant};
 
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header};
-use http_body_util::{BodyExt as _, Empty, Full, Limited};
+use http_body_util::{BodyExt as _, Empty, Full};
 use hyper::body::{Body as _, Bytes, Incoming};
 use quick_xml::events::Event;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::classify::{self, Effect};
-use super::upstream::{Body, Failure, Upstream, innermost};
+use super::held::{Held, Room, Unheld};
+use super::upstream::{Body, Failure, Upstream};
 use super::{Commit, Counts, Extent, Whom, headers, modified, page, rebooted};
 use crate::model::InstanceId;
 use crate::source::ModifiedRule;
 
 /// The field of an answer that went out before its change was enforced, and how it begins.
 const COMMIT: HeaderName = HeaderName::from_static("x-sg-agent-commit");
-
-/// The longest answer to a change that is held, far above RunInstances of a thousand.
-const LONGEST_ANSWER: usize = 64 << 20;
 
 /// How long the endpoint may take to answer a change whose client is gone.
 const LINGER: Duration = Duration::from_secs(30);
@@ -34,13 +32,14 @@ pub struct Forwarder {
     upstream: Upstream,
     commits: mpsc::Sender<Commit>,
     commit_timeout: Duration,
+    room: Room,
     counts: Counts,
 }
 
 impl Forwarder {
     /// Changes are told to `commits`.
     pub fn new(upstream: Upstream, commits: mpsc::Sender<Commit>, commit_timeout: Duration) -> Self {
-        Self { upstream, commits, commit_timeout, counts: Counts::default() }
+        Self { upstream, commits, commit_timeout, room: Room::default(), counts: Counts::default() }
     }
 
     /// What was counted so far.
@@ -142,10 +141,7 @@ impl Forwarder {
         let (head, body) = answer.into_parts();
         // What a HEAD's answer says of its length is about another one.
         let is_bare = body.is_end_stream();
-        let held = Limited::new(body, LONGEST_ANSWER).collect().await;
-        let held = held.map_err(|error| self.broken(&innermost(&*error)))?;
-        let trailers = held.trailers().cloned();
-        let bytes = held.to_bytes();
+        let Held { bytes, trailers } = self.room.hold(body).await.map_err(|unheld| self.unheld(&unheld))?;
         let body = match trailers {
             _ if is_bare => Empty::new().map_err(|never| match never {}).boxed(),
             None => whole(bytes.clone()),
@@ -175,6 +171,18 @@ impl Forwarder {
             return told(StatusCode::BAD_REQUEST, format!("sg-agent's gateway: {failure}"));
         }
         self.broken(&failure.to_string())
+    }
+
+    /// An answer that has ended, but can't be passed on: what the call did is committed nevertheless.
+    fn unheld(&self, unheld: &Unheld) -> Response<Body> {
+        if let Unheld::Broken(reason) = unheld {
+            return self.broken(reason);
+        }
+        add(&self.counts.unanswered);
+        let endpoint = self.endpoint();
+        tracing::warn!(endpoint, "the answer to a change isn't passed on: {unheld}");
+        let line = format!("sg-agent's gateway: {endpoint} has done it, but {unheld}; ask it what has changed");
+        told(StatusCode::BAD_GATEWAY, line)
     }
 
     fn broken(&self, reason: &str) -> Response<Body> {

@@ -5,6 +5,7 @@
 mod classify;
 mod forward;
 mod headers;
+mod held;
 mod modified;
 mod page;
 mod rebooted;

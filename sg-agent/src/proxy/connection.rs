@@ -34,6 +34,8 @@ pub struct Service {
     pub connections: TaskTracker,
     /// Room for connections of all ports.
     pub limit: Arc<Semaphore>,
+    /// How much of it flows of datagrams may take.
+    pub flows: Arc<Semaphore>,
     pub reset: CancellationToken,
 }
 
@@ -41,6 +43,7 @@ pub struct Service {
 #[derive(Debug)]
 pub struct Permit {
     _of_port: OwnedSemaphorePermit,
+    _of_flows: Option<OwnedSemaphorePermit>,
     _of_all: OwnedSemaphorePermit,
 }
 
@@ -60,7 +63,7 @@ pub struct Port {
 pub(super) enum Refusal {
     #[error("the instance is not attached")]
     Gone,
-    #[error("the endpoint did not answer in time (--live=endpoint)")]
+    #[error("the endpoint was not read since the client came (--live=endpoint)")]
     Unanswered,
     #[error("{}", .0.name())]
     Denied(Drop),
@@ -92,13 +95,15 @@ impl Port {
         let take = async |limit: &Arc<Semaphore>| {
             Arc::clone(limit).acquire_owned().await.expect("the semaphore is never closed")
         };
-        Permit { _of_port: take(&self.limit).await, _of_all: take(&self.service.limit).await }
+        Permit { _of_port: take(&self.limit).await, _of_flows: None, _of_all: take(&self.service.limit).await }
     }
 
-    /// The same, if there is room now.
-    pub fn try_permit(&self) -> Option<Permit> {
+    /// Room for one more flow of datagrams, if there is any now. A flow takes no handshake: who sends by others' addresses
+    /// makes as many as it likes, and they must not take all connections' room.
+    pub fn try_flow(&self) -> Option<Permit> {
         let take = |limit: &Arc<Semaphore>| Arc::clone(limit).try_acquire_owned().ok();
-        Some(Permit { _of_port: take(&self.limit)?, _of_all: take(&self.service.limit)? })
+        let (of_port, of_flows) = (take(&self.limit)?, take(&self.service.flows)?);
+        Some(Permit { _of_port: of_port, _of_flows: Some(of_flows), _of_all: take(&self.service.limit)? })
     }
 
     pub fn counters(&self) -> PortCounters {
@@ -113,7 +118,7 @@ impl Port {
         // Before it is judged, so that no change in between is missed.
         let mut snapshots = self.service.snapshots.clone();
         snapshots.mark_unchanged();
-        let Ok((place, pass)) = self.admit(client, self.refresh().await) else {
+        let Ok((place, pass)) = self.admit(client, self.service.freshness.renew().await) else {
             return reset(stream);
         };
         let _active = self.counts.activate();
@@ -157,18 +162,6 @@ impl Port {
             tracing::debug!(port = %self.published, %peer, %error, "closed");
         })
         .ok()
-    }
-
-    /// Waits for rules that are read from now on, if each client is to have them, or those in force are stale; whether the
-    /// client may be judged by what is in force then.
-    pub(super) async fn refresh(&self) -> bool {
-        match &self.service.settings.live {
-            Some(live) => live.refresh().await,
-            None => {
-                self.service.freshness.renew().await;
-                true
-            }
-        }
     }
 
     /// Judges a client who comes, by rules that are `fresh` enough, and counts what comes of it.

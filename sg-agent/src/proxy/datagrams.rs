@@ -178,9 +178,9 @@ impl Flows {
             // One question for all that came together.
             let is_fresh = match fresh {
                 Some(is_fresh) => is_fresh,
-                None => *fresh.insert(self.port.refresh().await),
+                None => *fresh.insert(self.port.service.freshness.renew().await),
             };
-            let Some(permit) = self.port.try_permit() else {
+            let Some(permit) = self.port.try_flow() else {
                 self.port.counts.refused.fetch_add(1, Relaxed);
                 continue;
             };

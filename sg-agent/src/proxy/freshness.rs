@@ -1,9 +1,16 @@
-//! Rules that may be older than the last change: a connection has them read anew before it is judged, and waits for that
-//! only so long. Owns the wait; what is stale, and the read, are the daemon's.
+//! Whether the rules in force are fresh enough to judge a client by: where they may not be, they are read anew first. Owns
+//! the wait, and what holds when it was in vain; what is stale, and the read, are the daemon's.
 
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
+
+/// How long the endpoint may take before a client is refused (`--live=endpoint`). Moto answers in some tens of
+/// milliseconds.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Somebody who waits for rules that are read from now on: told once those are in force, or why they aren't.
+pub type Ask = oneshot::Sender<Result<(), String>>;
 
 /// Where to ask for fresh rules; without anybody to ask, the rules are taken as they are.
 #[derive(Clone, Debug, Default)]
@@ -11,37 +18,60 @@ pub struct Freshness(Option<Asks>);
 
 #[derive(Clone, Debug)]
 struct Asks {
-    is_stale: watch::Receiver<bool>,
-    renew: mpsc::Sender<oneshot::Sender<Result<(), String>>>,
+    need: Need,
+    asks: mpsc::Sender<Ask>,
     patience: Duration,
 }
 
+/// Who has rules read anew.
+#[derive(Clone, Debug)]
+enum Need {
+    /// Who comes while they may be older than the last change. If they can't be read, the last ones stand.
+    WhileStale(watch::Receiver<bool>),
+    /// Everybody. If they can't be read, nobody gets in.
+    Always,
+}
+
 impl Freshness {
-    /// While `is_stale`, `renew` is asked, and waited for at most `patience`.
-    pub fn new(
-        is_stale: watch::Receiver<bool>,
-        renew: mpsc::Sender<oneshot::Sender<Result<(), String>>>,
-        patience: Duration,
-    ) -> Self {
-        Self(Some(Asks { is_stale, renew, patience }))
+    /// While `is_stale`, rules are asked for, and waited for at most `patience`; then the last ones stand.
+    pub fn while_stale(is_stale: watch::Receiver<bool>, asks: mpsc::Sender<Ask>, patience: Duration) -> Self {
+        Self(Some(Asks { need: Need::WhileStale(is_stale), asks, patience }))
     }
 
-    /// Returns at once if the rules aren't stale; else once they have been read and enforced, or that failed, or it took
-    /// too long. Then the last ones stand.
-    pub async fn renew(&self) {
-        let Some(asks) = self.0.as_ref().filter(|asks| *asks.is_stale.borrow()) else { return };
+    /// Rules are asked for whenever somebody comes, and without them nobody is let in (`--live=endpoint`).
+    pub fn always(asks: mpsc::Sender<Ask>) -> Self {
+        Self(Some(Asks { need: Need::Always, asks, patience: PATIENCE }))
+    }
+
+    /// The same with another patience.
+    #[must_use]
+    pub fn patience(self, patience: Duration) -> Self {
+        Self(self.0.map(|asks| Asks { patience, ..asks }))
+    }
+
+    /// Whether who comes now may be judged by the rules in force when this returns: at once if nobody has to ask, else
+    /// once they have been read and enforced, or that failed, or it took too long.
+    pub async fn renew(&self) -> bool {
+        let Some(Asks { need, asks, patience }) = &self.0 else { return true };
+        let stands = match need {
+            Need::WhileStale(is_stale) if !*is_stale.borrow() => return true,
+            Need::WhileStale(_) => true,
+            Need::Always => false,
+        };
         let (reply, told) = oneshot::channel();
         let renewed = async {
             // An agent that shuts down renews nothing.
-            asks.renew.send(reply).await.ok()?;
+            asks.send(reply).await.ok()?;
             told.await.ok()
         };
-        match tokio::time::timeout(asks.patience, renewed).await {
-            Ok(Some(Ok(()))) => {}
-            Ok(Some(Err(reason))) => tracing::debug!(reason, "judged by the last rules: they couldn't be read anew"),
-            Ok(None) => {}
-            Err(_) => tracing::debug!("judged by the last rules: reading them anew takes longer than --fresh-timeout"),
-        }
+        let problem = match tokio::time::timeout(*patience, renewed).await {
+            Ok(Some(Ok(()))) => return true,
+            Ok(Some(Err(reason))) => reason,
+            Ok(None) => "the agent shuts down".to_owned(),
+            Err(_) => format!("no answer within {patience:?}"),
+        };
+        tracing::debug!(problem, "rules couldn't be read anew; the last ones stand: {stands}");
+        stands
     }
 }
 
@@ -52,18 +82,18 @@ mod tests {
     #[tokio::test]
     async fn only_stale_rules_are_waited_for() {
         let stale = watch::Sender::new(false);
-        let (renew, mut renewals) = mpsc::channel(1);
-        let fresh = Freshness::new(stale.subscribe(), renew, Duration::from_secs(60));
-        fresh.renew().await;
-        assert!(renewals.try_recv().is_err(), "nobody was asked");
+        let (asks, mut asked) = mpsc::channel(1);
+        let fresh = Freshness::while_stale(stale.subscribe(), asks, Duration::from_secs(60));
+        assert!(fresh.renew().await);
+        assert!(asked.try_recv().is_err(), "nobody was asked");
         stale.send_replace(true);
         let (order, mut ordered) = mpsc::unbounded_channel();
         let waits = async {
-            fresh.renew().await;
+            assert!(fresh.renew().await);
             let _ = order.send("judged");
         };
         let renews = async {
-            let reply = renewals.recv().await.expect("it asks");
+            let reply: Ask = asked.recv().await.expect("it asks");
             let _ = order.send("renewed");
             let _ = reply.send(Ok(()));
         };
@@ -71,12 +101,26 @@ mod tests {
         assert_eq!((ordered.recv().await, ordered.recv().await), (Some("renewed"), Some("judged")));
     }
 
+    /// Whether somebody is judged who asks and hears this.
+    async fn judged(fresh: &Freshness, asked: &mut mpsc::Receiver<Ask>, answer: Result<(), String>) -> bool {
+        let answers = async { asked.recv().await.expect("it asks").send(answer).expect("it waits") };
+        tokio::join!(fresh.renew(), answers).0
+    }
+
     #[tokio::test]
-    async fn patience_ends() {
+    async fn without_an_answer_the_last_rules_stand_or_nobody_gets_in() {
         let stale = watch::Sender::new(true);
-        let (renew, mut renewals) = mpsc::channel(1);
-        Freshness::new(stale.subscribe(), renew, Duration::from_millis(50)).renew().await;
-        assert!(renewals.try_recv().is_ok_and(|reply| reply.is_closed()), "it was asked, and waits no more");
-        Freshness::default().renew().await;
+        let (asks, mut asked) = mpsc::channel(1);
+        let while_stale = Freshness::while_stale(stale.subscribe(), asks.clone(), Duration::from_secs(60));
+        let always = Freshness::always(asks).patience(Duration::from_secs(60));
+        for (fresh, stands) in [(&while_stale, true), (&always, false)] {
+            assert!(judged(fresh, &mut asked, Ok(())).await);
+            assert_eq!(judged(fresh, &mut asked, Err("it is out".into())).await, stands);
+            assert_eq!(fresh.clone().patience(Duration::from_millis(50)).renew().await, stands, "patience ends");
+            assert!(asked.try_recv().is_ok_and(|reply| reply.is_closed()), "it was asked, and waits no more");
+        }
+        drop(asked);
+        assert!(while_stale.renew().await && !always.renew().await, "nobody is there to be asked");
+        assert!(Freshness::default().renew().await);
     }
 }

@@ -1,7 +1,7 @@
 //! Published ports: each connection's real client is judged by the latest snapshot, then connected through.
 //!
-//! A connection's way: `listener` (accept) -> `header` (a balancer's client) -> `live` (fresh rules, if each connection is
-//! to have them) -> `connection` (judge, connect, judge again on every change) -> `splice` (bytes). UDP's is in
+//! A connection's way: `listener` (accept) -> `header` (a balancer's client) -> `freshness` (rules read anew, where those
+//! in force won't do) -> `connection` (judge, connect, judge again on every change) -> `splice` (bytes). UDP's is in
 //! `datagrams`. Asks nobody but [`crate::decide`], and writes no map.
 
 #![forbid(unsafe_code)]
@@ -12,7 +12,6 @@ mod datagrams;
 mod freshness;
 mod header;
 mod listener;
-mod live;
 mod publish;
 mod splice;
 
@@ -29,8 +28,7 @@ use tokio_util::task::TaskTracker;
 
 pub use counters::PortCounters;
 pub use datagrams::IdleTimes;
-pub use freshness::Freshness;
-pub use live::{Ask, Live};
+pub use freshness::{Ask, Freshness};
 pub use publish::{DEFAULT_BIND, InvalidPublish, PublishSpec, Published, Transport};
 
 use crate::apply::{Enforced, Snapshot};
@@ -82,7 +80,6 @@ struct Settings {
     trusted: Arc<[IpNet]>,
     /// Whether instances are told of the client.
     tells_client: bool,
-    live: Option<Live>,
     idle: IdleTimes,
 }
 
@@ -97,6 +94,7 @@ pub struct Proxy {
     connections: TaskTracker,
     most: usize,
     limit: Arc<Semaphore>,
+    flows: Arc<Semaphore>,
     /// Ends connections that outlive the grace time.
     reset: CancellationToken,
 }
@@ -150,7 +148,6 @@ impl Proxy {
             max_connections: MAX_CONNECTIONS,
             trusted: Arc::default(),
             tells_client: false,
-            live: None,
             idle,
         };
         Self {
@@ -162,6 +159,7 @@ impl Proxy {
             connections: TaskTracker::new(),
             most: MOST_CONNECTIONS,
             limit: Arc::new(Semaphore::new(MOST_CONNECTIONS)),
+            flows: Arc::new(Semaphore::new(most_flows(MOST_CONNECTIONS))),
             reset: CancellationToken::new(),
         }
     }
@@ -173,7 +171,7 @@ impl Proxy {
         self
     }
 
-    /// Where connections have stale rules read anew. For ports that are opened from now on.
+    /// Where connections have rules read anew, and which ones do. For ports that are opened from now on.
     #[must_use]
     pub fn fresh(mut self, freshness: Freshness) -> Self {
         self.freshness = freshness;
@@ -187,11 +185,12 @@ impl Proxy {
         self
     }
 
-    /// How many connections all ports have at once. For ports that are opened from now on.
+    /// How many connections all ports have at once, half of them flows of datagrams at most. For ports that are opened from now on.
     #[must_use]
     pub fn most_connections(mut self, most: usize) -> Self {
         self.most = most.min(Semaphore::MAX_PERMITS);
         self.limit = Arc::new(Semaphore::new(self.most));
+        self.flows = Arc::new(Semaphore::new(most_flows(self.most)));
         self
     }
 
@@ -206,13 +205,6 @@ impl Proxy {
     #[must_use]
     pub fn tell_client(mut self, tell: bool) -> Self {
         self.settings.tells_client = tell;
-        self
-    }
-
-    /// Whom to ask for fresh rules at each connection. For ports that are opened from now on.
-    #[must_use]
-    pub fn live(mut self, live: Option<Live>) -> Self {
-        self.settings.live = live;
         self
     }
 
@@ -260,6 +252,7 @@ impl Proxy {
                     pipes: Arc::clone(&self.pipes),
                     connections: self.connections.clone(),
                     limit: Arc::clone(&self.limit),
+                    flows: Arc::clone(&self.flows),
                     reset: self.reset.clone(),
                 };
                 Arc::new(Port::new(published.clone(), service))
@@ -358,6 +351,11 @@ impl Drop for Proxy {
         }
         self.reset.cancel();
     }
+}
+
+/// How many of all connections may be flows of datagrams.
+fn most_flows(most: usize) -> usize {
+    most.div_ceil(2)
 }
 
 /// Binds a socket, and has a task listen there.

@@ -1,7 +1,8 @@
 //! An EC2 endpoint as a source: which calls make an inventory. Owns the order of the calls and what each is filtered
-//! by; polls when it is told to.
+//! by; polls when it is told to. What answers say of each other is `relations`'.
 
 mod launch;
+mod relations;
 #[cfg(test)]
 mod tests;
 
@@ -14,6 +15,7 @@ use std::time::Instant;
 
 use futures_util::future::try_join_all;
 
+use self::relations::{Surroundings, add_reservations, live_instances, references, unlisted_hosts};
 use super::answer::{
     AnswerError, Call, DescribeInstances, DescribeManagedPrefixLists, DescribeNetworkAcls, DescribeNetworkInterfaces,
     DescribeSecurityGroupRules, DescribeSecurityGroups, DescribeSubnets, DescribeVpcPeeringConnections, DescribeVpcs,
@@ -55,6 +57,8 @@ pub struct Ec2 {
     lists_rules: AtomicBool,
     vpcs: Mutex<BTreeMap<String, wire::Vpc>>,
     ground: Mutex<Option<Ground>>,
+    /// Groups that instances have and that the endpoint, asked twice, doesn't list.
+    unlisted: Mutex<BTreeSet<String>>,
 }
 
 /// What a change of rules leaves as it is.
@@ -91,6 +95,7 @@ impl Ec2 {
             lists_rules: AtomicBool::new(true),
             vpcs: Mutex::default(),
             ground: Mutex::default(),
+            unlisted: Mutex::default(),
         })
     }
 
@@ -132,6 +137,7 @@ impl Ec2 {
     pub fn doubt(&self) {
         self.known_vpcs().clear();
         *self.last_ground() = None;
+        self.known_unlisted().clear();
     }
 
     /// The account and region. Without `account` among the options it is the owner of what the first inventory held,
@@ -143,11 +149,14 @@ impl Ec2 {
     /// Reads what is wanted. All or nothing: one call that fails fails it.
     pub async fn inventory(&self, wanted: &Wanted) -> Result<Inventory, SourceError> {
         let mut facts = self.facts(wanted).await?;
-        if is_torn(&facts) {
-            // Something changed between two answers. Once more, with nothing from before; what is so then is so.
+        let is_torn = !facts.unlisted.is_subset(&self.known_unlisted());
+        if is_torn {
+            // Something changed between two answers. Once more, with nothing from before; what is so then is so, also the
+            // next time: a group that isn't there allows nothing.
             self.doubt();
             facts = self.facts(wanted).await?;
         }
+        self.known_unlisted().clone_from(&facts.unlisted);
         if let Some(what) = facts.contradiction() {
             return Err(SourceError::Contradiction { source_name: self.endpoint(), what });
         }
@@ -177,9 +186,11 @@ impl Ec2 {
         )?;
         let (_, lists) = references(&groups, rules.as_deref());
         let prefix_lists = self.prefix_lists(lists).await?;
+        let unlisted = Surroundings::of(&reservations).unlisted(&groups);
         let reservations = Some(reservations);
         Ok(Facts {
             groups,
+            unlisted,
             rules,
             reservations,
             interfaces,
@@ -209,29 +220,25 @@ impl Ec2 {
             None => self.filtered::<DescribeInstances>("instance-id", &instances).await?,
         };
         let own = reservations.clone();
-        let live = || live_instances(&reservations);
-        let in_groups: BTreeSet<String> = live().flat_map(all_groups).map(|id| id.to_string()).collect();
-        let interfaces = live().flat_map(|instance| &instance.interfaces);
-        let in_subnets: BTreeSet<String> = interfaces.filter_map(|interface| interface.subnet.clone()).collect();
-        let interfaces = live().flat_map(|instance| &instance.interfaces);
-        let in_vpcs: BTreeSet<String> = interfaces.filter_map(|interface| interface.vpc.clone()).collect();
+        let around = Surroundings::of(&reservations);
         let networks = async {
             match last {
                 Some(last) => Ok((last.subnets, last.acls)),
                 None => tokio::try_join!(
-                    optional(self.filtered::<DescribeSubnets>("subnet-id", &in_subnets)),
-                    optional(self.filtered::<DescribeNetworkAcls>("association.subnet-id", &in_subnets)),
+                    optional(self.filtered::<DescribeSubnets>("subnet-id", &around.subnets)),
+                    optional(self.filtered::<DescribeNetworkAcls>("association.subnet-id", &around.subnets)),
                 ),
             }
         };
         let ((mut groups, rules), vpcs, (subnets, acls)) =
-            tokio::try_join!(self.groups(Some(&in_groups), extent), self.vpcs(&in_vpcs), networks)?;
+            tokio::try_join!(self.groups(Some(&around.groups), extent), self.vpcs(&around.vpcs), networks)?;
+        let unlisted = around.unlisted(&groups);
         let (kept_subnets, kept_acls) = (subnets.clone(), acls.clone());
         *self.last_ground() = Some(Ground { instances, reservations: own, subnets: kept_subnets, acls: kept_acls });
 
         let (mut referred, lists) = references(&groups, rules.as_deref());
         referred.extend(elsewhere.iter().cloned());
-        let unread: BTreeSet<String> = referred.difference(&in_groups).cloned().collect();
+        let unread: BTreeSet<String> = referred.difference(&around.groups).cloned().collect();
         // Moto's filter on interfaces matches their own groups, the one on instances matches the instance's: members
         // by either are members.
         let (others, interfaces, hosts, prefix_lists) = tokio::try_join!(
@@ -253,6 +260,7 @@ impl Ec2 {
         let reservations = Some(reservations);
         Ok(Facts {
             groups,
+            unlisted,
             rules,
             bare,
             reservations,
@@ -268,6 +276,10 @@ impl Ec2 {
 
     fn last_ground(&self) -> MutexGuard<'_, Option<Ground>> {
         self.ground.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn known_unlisted(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.unlisted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// VPCs. What is used of one, its primary network, never changes, so each is asked for once.
@@ -459,66 +471,4 @@ fn is_unsupported(error: &SourceError) -> bool {
 fn is_missing(error: &SourceError) -> bool {
     matches!(error, SourceError::Answer { problem: AnswerError::Refused { code, .. }, .. }
         if code == "InvalidGroup.NotFound" || code == "InvalidGroupId.Malformed")
-}
-
-/// The groups and prefix lists that rules refer to.
-fn references(
-    groups: &[wire::SecurityGroup],
-    rules: Option<&[wire::GroupRule]>,
-) -> (BTreeSet<String>, BTreeSet<String>) {
-    let (mut referred, mut lists) = (BTreeSet::new(), BTreeSet::new());
-    for rule in rules.unwrap_or_default() {
-        referred.extend(rule.referenced.iter().map(|group| group.id.clone()));
-        lists.extend(rule.prefix_list.clone());
-    }
-    if rules.is_none() {
-        let permissions = groups.iter().flat_map(|group| group.ingress.iter().chain(&group.egress));
-        for permission in permissions {
-            referred.extend(permission.groups.iter().map(|group| group.id.clone()));
-            lists.extend(permission.prefix_lists.iter().map(|list| list.id.clone()));
-        }
-    }
-    // A default group may get a rule that refers to itself.
-    referred.extend(groups.iter().filter(|group| group.name == "default").map(|group| group.id.clone()));
-    referred.remove("");
-    lists.remove("");
-    (referred, lists)
-}
-
-fn live_instances(reservations: &[wire::Reservation]) -> impl Iterator<Item = &wire::Instance> {
-    let instances = reservations.iter().flat_map(|reservation| &reservation.instances);
-    instances.filter(|instance| !convert::is_terminated(&instance.state))
-}
-
-/// Whether instances have groups and none of those is there, which no control plane lets happen: its answers are of
-/// different moments.
-fn is_torn(facts: &Facts) -> bool {
-    let instances = live_instances(facts.reservations.as_deref().unwrap_or_default());
-    facts.groups.is_empty() && instances.map(all_groups).any(|groups| !groups.is_empty())
-}
-
-fn all_groups(instance: &wire::Instance) -> BTreeSet<GroupId> {
-    let of_interfaces = instance.interfaces.iter().flat_map(|interface| convert::groups(&interface.groups));
-    convert::groups(&instance.groups).into_iter().chain(of_interfaces).collect()
-}
-
-/// Adds reservations whose instances aren't there yet.
-fn add_reservations(reservations: &mut Vec<wire::Reservation>, more: Vec<wire::Reservation>) {
-    let mut known: BTreeSet<String> = instance_ids(reservations).map(str::to_owned).collect();
-    for mut reservation in more {
-        reservation.instances.0.retain(|instance| known.insert(instance.id.clone()));
-        reservations.push(reservation);
-    }
-}
-
-/// The instances of interfaces of which nothing else is known: they may be terminated.
-fn unlisted_hosts(interfaces: &[wire::NetworkInterface], reservations: &[wire::Reservation]) -> BTreeSet<String> {
-    let known: BTreeSet<&str> = instance_ids(reservations).collect();
-    let hosts = interfaces.iter().filter_map(|interface| interface.attachment.as_ref()?.instance.clone());
-    hosts.filter(|id| !id.is_empty() && !known.contains(id.as_str())).collect()
-}
-
-fn instance_ids(reservations: &[wire::Reservation]) -> impl Iterator<Item = &str> {
-    let instances = reservations.iter().flat_map(|reservation| &reservation.instances);
-    instances.map(|instance| instance.id.as_str())
 }

@@ -9,7 +9,7 @@ mod convert;
 mod corrections;
 mod ec2;
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 mod file;
 pub(crate) mod quirks;
 mod rule_ids;

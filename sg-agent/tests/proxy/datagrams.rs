@@ -5,13 +5,12 @@ use std::time::Duration;
 
 use sg_agent::apply::Snapshot;
 use sg_agent::proxy::{IdleTimes, OnRevoke, Proxy, Published, Transport};
-use tokio::net::UdpSocket;
+use tokio::net::{TcpListener, UdpSocket};
 use tokio::sync::watch;
 
-use crate::support::{Rules, free_socket, publish, snapshot, until, within};
+use crate::support::{Rules, connect, free_socket, publish, snapshot, talk, until, within};
+use crate::{OTHER, SOME, some};
 
-const SOME: &str = "127.0.0.3";
-const OTHER: &str = "127.0.0.4";
 /// How long it must be silent where nothing may come. What comes takes less than a millisecond.
 const SILENCE: Duration = Duration::from_millis(300);
 
@@ -67,10 +66,6 @@ impl Scene {
         let heard = tokio::time::timeout(SILENCE, self.server.recv(&mut [0; 16])).await;
         assert!(heard.is_err(), "{heard:?}");
     }
-}
-
-fn some() -> Rules {
-    Rules::from(&["127.0.0.3/32"])
 }
 
 #[tokio::test]
@@ -137,6 +132,31 @@ async fn beyond_the_limit_there_are_no_flows() {
     scene.is_unheard(&second).await;
     scene.talk(&first, b"two").await;
     assert_eq!((scene.counters().accepted, scene.counters().refused, scene.counters().limit), (1, 1, 1));
+}
+
+#[tokio::test]
+async fn flows_leave_half_of_all_room_to_connections() {
+    let mut scene = Scene::with(some(), |proxy| proxy.most_connections(4)).await;
+    let published = scene.proxy.listening().remove(0).published;
+    // The same number as the instance's UDP port has, which is what rules allow.
+    let server = TcpListener::bind(scene.server.local_addr().unwrap()).await.unwrap();
+    let at = free_socket();
+    let tcp = publish(at, server.local_addr().unwrap());
+    assert_eq!(scene.proxy.reconcile(vec![published, tcp]).await, []);
+    let clients = [scene.client(SOME).await, scene.client(SOME).await, scene.client(SOME).await];
+    scene.talk(&clients[0], b"one").await;
+    scene.talk(&clients[1], b"two").await;
+    scene.is_unheard(&clients[2]).await;
+    assert_eq!(scene.proxy.connections(), (2, 4));
+    let mut connections = Vec::new();
+    for _ in 0..2 {
+        let client = connect(SOME, at).await.unwrap();
+        connections.push((client, within(server.accept()).await.unwrap().0));
+    }
+    for pair in &mut connections {
+        talk(pair).await;
+    }
+    assert_eq!(scene.proxy.connections(), (4, 4));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

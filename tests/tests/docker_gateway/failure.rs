@@ -274,6 +274,39 @@ fn a_connection_to_a_published_port_has_stale_rules_read_anew() {
 }
 
 #[test]
+fn a_connection_to_a_published_port_has_rules_read_anew_that_were_refused() {
+    let mut stage = Stage::polling(Moto::shared(), "3600");
+    let publish = format!("{}:203.0.113.1:2222=22", stage.id);
+    stage.agent.arguments(["--publish", &publish, "--fresh-timeout", "60", "--commit-timeout", "60"]);
+    let _servers = stage.servers();
+    // One group more than an address can be in.
+    let groups: Vec<String> = (0..17).map(|_| stage.moto.group()).collect();
+    stage.moto.instance(&groups.iter().map(String::as_str).collect::<Vec<_>>());
+    stage.agent.start().wait();
+    let published = tests::e2e::Attempt::tcp(&stage.world.outside, [203, 0, 113, 1].into(), 2222);
+    published.passes();
+    let names: Vec<String> = (1..=groups.len()).map(|n| format!("IpPermissions.1.Groups.{n}.GroupId")).collect();
+    let mut rule = vec![
+        ("GroupId", stage.group.as_str()),
+        ("IpPermissions.1.IpProtocol", "tcp"),
+        ("IpPermissions.1.FromPort", "80"),
+        ("IpPermissions.1.ToPort", "80"),
+    ];
+    rule.extend(names.iter().zip(&groups).map(|(name, group)| (name.as_str(), group.as_str())));
+    let answer = stage.gateway.answer(("test", "us-east-1"), "AuthorizeSecurityGroupIngress", &rule);
+    let answer = answer.expect("the gateway answers");
+    assert!(answer.contains(" 200 ") && answer.contains("x-sg-agent-commit: failed"), "{answer}");
+    assert!(answer.contains("refused whole"), "{answer}");
+    published.passes();
+    // It fits again, which the agent isn't told: who comes finds out.
+    stage.moto.call("RevokeSecurityGroupIngress", &rule);
+    stage.moto.revoke(&stage.group, 22, "0.0.0.0/0");
+    published.is_refused();
+    stage.tcp(22).vanishes();
+    stage.is_well();
+}
+
+#[test]
 fn a_docker_engine_that_hangs_holds_no_change_up() {
     let mut stage = Stage::new(Moto::shared());
     let socket = stage.agent.directory().join("docker.sock");

@@ -28,6 +28,8 @@ const ACTIVE: &str = "active";
 pub struct Facts {
     /// Security groups.
     pub groups: Vec<wire::SecurityGroup>,
+    /// Groups that instances have and that were asked for in vain.
+    pub unlisted: BTreeSet<String>,
     /// Their rules with ids; `None` takes the groups' own permissions.
     pub rules: Option<Vec<wire::GroupRule>>,
     /// Groups that were read for their existence only.

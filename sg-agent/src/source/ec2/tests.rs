@@ -37,7 +37,15 @@ fn ec2(fake: &Fake) -> Ec2 {
 
 #[tokio::test]
 async fn everything_is_one_call_a_kind() {
-    let fake = Fake::start(recorded).await;
+    // The recordings are of different moments: an instance's groups have to be among those that are listed.
+    let fake = Fake::start(move |request, n| {
+        let recorded = recorded(request, n);
+        let text = String::from_utf8(recorded.body).unwrap();
+        let as_listed = |text: String, id| text.replace(id, "sg-c4fac25716521a0ec");
+        let text = ["sg-2f7fd6a8e02fd119b", "sg-fb78ed0fa73d326f3"].into_iter().fold(text, as_listed);
+        Reply { body: text.into_bytes(), ..recorded }
+    })
+    .await;
     let inventory = ec2(&fake).inventory(&Wanted::default()).await.unwrap();
     assert_eq!(
         fake.actions(),
@@ -257,4 +265,38 @@ async fn answers_of_different_moments_are_asked_for_again() {
     let wanted = Wanted { instances: Some(["i-1".into()].into()), ..Wanted::default() };
     let inventory = ec2(&fake).inventory(&wanted).await.unwrap();
     assert!(inventory.instances.is_empty() && !there.load(Relaxed), "{inventory:?}");
+}
+
+#[tokio::test]
+async fn a_group_that_really_is_not_listed_is_asked_for_twice_once() {
+    let groups = "<item><groupId>sg-1</groupId></item><item><groupId>sg-2</groupId></item>";
+    let instance = format!("<item><instanceId>i-1</instanceId><groupSet>{groups}</groupSet></item>");
+    let fake = Fake::start(move |request, _| {
+        let action = request.form["Action"].as_str();
+        let items = match action {
+            "DescribeInstances" => {
+                format!("<reservationSet><item><instancesSet>{instance}</instancesSet></item></reservationSet>")
+            }
+            // One of them is there, which isn't all.
+            "DescribeSecurityGroups" => {
+                "<securityGroupInfo><item><groupId>sg-1</groupId></item></securityGroupInfo>".to_owned()
+            }
+            "DescribeSecurityGroupRules" => "<securityGroupRuleSet/>".to_owned(),
+            _ => panic!("{action} isn't needed"),
+        };
+        Reply::ok(format!("<{action}Response>{items}</{action}Response>"))
+    })
+    .await;
+    let ec2 = ec2(&fake);
+    let wanted = Wanted { instances: Some(["i-1".into()].into()), ..Wanted::default() };
+    let reads = || fake.actions().iter().filter(|action| *action == "DescribeInstances").count();
+    for all in [2, 3, 4] {
+        let inventory = ec2.inventory(&wanted).await.unwrap();
+        assert_eq!(inventory.groups.keys().collect::<Vec<_>>(), [&GroupId::from("sg-1")]);
+        assert_eq!(reads(), all, "so it was the last time");
+    }
+    // After an outage it may be otherwise.
+    ec2.doubt();
+    ec2.inventory(&wanted).await.unwrap();
+    assert_eq!(reads(), 6);
 }
