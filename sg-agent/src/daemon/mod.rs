@@ -195,6 +195,7 @@ pub async fn run(options: Options) -> Result<()> {
         pollers,
         gateway: gateway.0,
         launcher,
+        launched: None,
         view: View::default(),
         world: World::new(),
         desk: Desk::default(),
@@ -298,6 +299,8 @@ struct Daemon {
     snapshots: watch::Sender<Arc<Snapshot>>,
     pollers: Pollers,
     launcher: Option<launcher::Handle>,
+    /// The launcher's outcome that was published last.
+    launched: Option<Arc<launcher::State>>,
     view: View,
     world: World,
     desk: Desk,
@@ -438,6 +441,7 @@ impl Daemon {
 
     /// From the ports that are wanted to those that are open.
     async fn publish(&mut self) {
+        self.take_launched();
         let wanted = self.published();
         self.proxy_warnings = self.proxy.reconcile(wanted).await;
         self.proxy_warnings.extend(self.unattached());
@@ -494,8 +498,7 @@ impl Daemon {
                 transport: port.transport,
             })
         });
-        let launched = self.launched();
-        let launched = launched.iter().flat_map(|launched| launched.ports.iter().cloned());
+        let launched = self.launched.iter().flat_map(|launched| launched.ports.iter().cloned());
         self.flags.iter().cloned().chain(by_label).chain(launched).map(proxy::Published::from).collect()
     }
 }

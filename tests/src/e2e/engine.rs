@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{Namespace, PATIENCE, docker, output, run, unique};
+use super::{Namespace, PATIENCE, docker, output, run, sweep, unique};
 
 /// How long it may take to answer: after a crash it clears up first.
 const START: Duration = Duration::from_secs(90);
@@ -130,7 +130,8 @@ impl Drop for Engine {
             }
         }
         self.stop(Signal::SIGTERM);
-        let _ = std::fs::remove_dir_all(&self.directory);
+        // Of an engine that was killed something may be left, whatever it did when it was started anew.
+        sweep::clear(&self.directory);
     }
 }
 
