@@ -58,7 +58,11 @@ impl Endpoint {
         let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let listener = namespace.map_or_else(bind, |namespace| namespace.run(bind));
         let address = listener.local_addr().expect("a listener has an address");
-        let told = Arc::new(Told { mood: Mutex::new(Mood::HangUp), asked: AtomicUsize::new(0), under_way: AtomicUsize::new(0) });
+        let told = Arc::new(Told {
+            mood: Mutex::new(Mood::HangUp),
+            asked: AtomicUsize::new(0),
+            under_way: AtomicUsize::new(0),
+        });
         let (again, listens) = (listener.try_clone().expect("one more open file"), Arc::clone(&told));
         let thread = Some(thread::spawn(move || listen(&again, &listens)));
         Self { address, listener, told, thread }

@@ -108,18 +108,17 @@ mod tests {
     fn what_runs_in_a_directory_goes_with_it() {
         let name = format!("sgt-{}-clear", std::process::id());
         let (directory, other) = (std::env::temp_dir().join(&name), std::env::temp_dir().join(name + "-other"));
-        let mut sleeps = [&directory, &other].map(|directory| {
+        let mut tails = [&directory, &other].map(|directory| {
             fs::create_dir_all(directory).expect("a new directory");
-            // A shell that names the directory, and stays for its child.
-            let script = format!("sleep 600; : {}/file", directory.display());
-            Command::new("sh").args(["-c", &script]).spawn().expect("a shell")
+            fs::write(directory.join("file"), "").expect("a new file");
+            Command::new("tail").arg("-f").arg(directory.join("file")).spawn().expect("tail in the PATH")
         });
         clear(&directory);
-        assert!(sleeps[0].try_wait().is_ok_and(|ended| ended.is_some()), "it has ended");
+        assert!(tails[0].try_wait().is_ok_and(|ended| ended.is_some()), "it has ended");
         assert!(!directory.exists() && other.exists());
-        assert!(sleeps[1].try_wait().is_ok_and(|ended| ended.is_none()), "the other one goes on");
+        assert!(tails[1].try_wait().is_ok_and(|ended| ended.is_none()), "the other one goes on");
         clear(&other);
-        assert!(sleeps[1].wait().is_ok_and(|ended| !ended.success()));
+        assert!(tails[1].wait().is_ok_and(|ended| !ended.success()));
     }
 
     #[test]

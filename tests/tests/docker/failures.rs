@@ -143,7 +143,11 @@ fn a_container_is_found_though_dockers_events_are_lost() {
     wait_for("it is enforced", || {
         let status = stage.agent.status();
         let mut interfaces = status["interfaces"].as_array()?.iter();
-        interfaces.any(|interface| interface["instance"] == *b.id && interface["policy"] == "groups" && interface["attached"] == true).then_some(())
+        interfaces
+            .any(|interface| {
+                interface["instance"] == *b.id && interface["policy"] == "groups" && interface["attached"] == true
+            })
+            .then_some(())
     });
     let servers = [22, 23].map(|port| b.serve(port));
     a.tcp(&b, 22).passes();
