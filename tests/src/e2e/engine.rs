@@ -3,7 +3,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -70,6 +70,9 @@ impl Engine {
         for (option, name) in [("--data-root", "data"), ("--exec-root", "run"), ("--pidfile", "pid")] {
             dockerd.arg(option).arg(self.directory.join(name));
         }
+        // Its containers are known by the group that they are in, whoever else has containers.
+        let group = Path::new("/").join(self.directory.file_name().unwrap_or_default());
+        dockerd.args(["--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent"]).arg(group);
         dockerd.args(more).stdin(Stdio::null()).stdout(log).stderr(again);
         self.dockerd = Some(dockerd.spawn().expect("setpriv and dockerd in the PATH"));
         let end = Instant::now() + START;

@@ -16,6 +16,9 @@ use nix::unistd::Pid;
 
 use super::PATIENCE;
 
+/// Where control groups are: of version 2 themselves, of version 1 one level below for each hierarchy.
+const CGROUPS: &str = "/sys/fs/cgroup";
+
 /// Sweeps, the first time that it is called.
 pub fn once() {
     static SWEPT: Once = Once::new();
@@ -34,9 +37,11 @@ pub fn once() {
     });
 }
 
-/// Removes a directory of a test's: first the processes that name it or are containers of the engine that lives in it,
-/// then what is mounted below it, which an engine that was killed leaves behind.
+/// Removes a directory of a test's: first the processes that name it or are in the control group of its name, as an
+/// engine and its containers, then the group and what is mounted below the directory, which an engine that was killed
+/// leaves behind.
 pub fn clear(directory: &Path) {
+    let name = directory.file_name().unwrap_or_default();
     let end = Instant::now() + PATIENCE;
     loop {
         let processes = processes_of(directory);
@@ -49,6 +54,10 @@ pub fn clear(directory: &Path) {
         }
         thread::sleep(Duration::from_millis(20));
     }
+    for hierarchy in names_in(Path::new(CGROUPS)) {
+        remove_group(&Path::new(CGROUPS).join(hierarchy).join(name));
+    }
+    remove_group(&Path::new(CGROUPS).join(name));
     // What was mounted last, perhaps over another one, goes first.
     for mount in mounts_below(directory).iter().rev() {
         if let Err(error) = umount2(mount, MntFlags::MNT_DETACH) {
@@ -60,21 +69,36 @@ pub fn clear(directory: &Path) {
     }
 }
 
-/// Those with the directory in their command line, as an engine, its containerd and the shims have it; and those of its
-/// containers, which are known by their control groups. None that has ended already.
+/// Those with the directory in their command line, as an engine, its containerd and the shims have it, or with its name
+/// in that of their control group, as its containers have it. None that has ended already.
 fn processes_of(directory: &Path) -> Vec<Pid> {
     let below = [directory.as_os_str().as_bytes(), b"/"].concat();
-    let containers: Vec<Vec<u8>> = names_in(&directory.join("data/containers")).map(String::into_bytes).collect();
+    let group_of_name = [b"/", directory.file_name().unwrap_or_default().as_bytes(), b"/"].concat();
     let has = |text: &[u8], words: &[u8]| text.windows(words.len()).any(|window| window == words);
     let is_its_own = |pid: &i32| {
         // Empty for one that has ended and wasn't waited for.
         let read = |file: &str| fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
         let (line, group) = (read("cmdline"), read("cgroup"));
-        !line.is_empty() && (has(&line, &below) || containers.iter().any(|id| has(&group, id)))
+        !line.is_empty() && (has(&line, &below) || has(&group, &group_of_name))
     };
     let own = i32::try_from(std::process::id()).ok();
     let all = names_in(Path::new("/proc")).filter_map(|name| name.parse().ok());
     all.filter(|pid| Some(*pid) != own && is_its_own(pid)).map(Pid::from_raw).collect()
+}
+
+/// Removes a control group with those below it, if it is there. One whose last process has just been killed is busy for
+/// a moment.
+fn remove_group(group: &Path) {
+    let end = Instant::now() + PATIENCE;
+    while group.is_dir() && Instant::now() < end {
+        names_in(group)
+            .map(|name| group.join(name))
+            .filter(|below| below.is_dir())
+            .for_each(|below| remove_group(&below));
+        if fs::remove_dir(group).is_err() {
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
 }
 
 /// Mount points below a directory, in the order in which they were mounted (proc_pid_mountinfo(5)).
