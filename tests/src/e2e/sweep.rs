@@ -43,14 +43,11 @@ pub fn once() {
 pub fn clear(directory: &Path) {
     let name = directory.file_name().unwrap_or_default();
     let end = Instant::now() + PATIENCE;
-    loop {
-        let processes = processes_of(directory);
-        if processes.is_empty() || Instant::now() > end {
+    while Instant::now() < end {
+        // What this user may not end stays.
+        let ended = processes_of(directory).into_iter().filter(|pid| kill(*pid, Signal::SIGKILL).is_ok()).count();
+        if ended == 0 {
             break;
-        }
-        for pid in processes {
-            // It may have ended by itself.
-            let _ = kill(pid, Signal::SIGKILL);
         }
         thread::sleep(Duration::from_millis(20));
     }
@@ -103,10 +100,11 @@ fn remove_group(group: &Path) {
 
 /// Mount points below a directory, in the order in which they were mounted (proc_pid_mountinfo(5)).
 fn mounts_below(directory: &Path) -> Vec<PathBuf> {
+    let directory = directory.canonicalize().unwrap_or_else(|_| directory.to_owned());
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     // No name of the suite's or of Docker's has a character that is escaped there.
     let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
-    points.filter(|point| point.starts_with(directory)).collect()
+    points.filter(|point| point.starts_with(&directory)).collect()
 }
 
 fn left_in(directory: &Path) -> Vec<String> {
