@@ -35,7 +35,7 @@ impl Moto {
             .spawn()
             .unwrap_or_else(|error| panic!("{python} can't be started: {error}"));
         let moto = Self { url: format!("http://127.0.0.1:{port}"), server, log, http: reqwest::Client::new() };
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(300);
         while moto.http.get(format!("{}/moto-api/", moto.url)).send().await.is_err() {
             assert!(Instant::now() < deadline, "Moto doesn't come up: {}", std::fs::read_to_string(&moto.log).unwrap());
             tokio::time::sleep(Duration::from_millis(100)).await;

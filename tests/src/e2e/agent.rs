@@ -17,7 +17,7 @@ use super::namespace::{command_in, ends_with_this_thread};
 use super::{Namespace, PATIENCE, output, unique, wait_for};
 
 /// How long `status --wait` waits, in seconds.
-const SETTLE: &str = "60";
+const SETTLE: &str = "120";
 
 /// One agent. Dropped, it is stopped and everything of it is taken away, whatever the test did.
 #[derive(Debug)]

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use super::{Namespace, PATIENCE, docker, output, run, sweep, unique};
 
 /// How long it may take to answer: after a crash it clears up first.
-const START: Duration = Duration::from_secs(90);
+const START: Duration = Duration::from_secs(300);
 
 /// An engine. Dropped, it goes with all that it has.
 #[derive(Debug)]

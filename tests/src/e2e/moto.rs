@@ -16,7 +16,7 @@ use super::namespace::ends_with_this_thread;
 use super::{Agent, Namespace, free_port, run, unique};
 
 /// How long it may take until it answers; importing it takes seconds on a slow disk.
-const START: Duration = Duration::from_secs(90);
+const START: Duration = Duration::from_secs(300);
 /// An image that Moto knows from its start.
 const AMI: &str = "ami-12c6146b";
 /// Where tests are that don't say otherwise.

@@ -9,7 +9,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use super::Namespace;
 
 /// How long anything that must happen may take, on a busy machine. Only a failure waits for it.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 /// How long an answer may take before something is said again.
 const AGAIN: Duration = Duration::from_millis(150);
 /// How long it must be silent where nothing may pass. What passes takes less than a millisecond here, and each silence
