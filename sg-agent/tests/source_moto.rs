@@ -161,13 +161,14 @@ async fn all_pages_are_read_and_a_poll_asks_for_little() {
     let everything = ec2.inventory(&Wanted::default()).await.unwrap();
     assert_eq!(everything.instances.len(), 120, "121 less the terminated one, over two pages");
     assert!(everything.warnings.is_empty(), "{:?}", everything.warnings);
-    // Seven kinds, one of them in two pages, and the prefix list with its entries.
-    assert_eq!(moto.answered() - before, 10);
+    // Eight kinds, one of them in two pages, and the prefix list with its entries.
+    assert_eq!(moto.answered() - before, 11);
 
     let before = moto.answered();
     let inventory = poll(&ec2, &[&database]).await;
     let calls = moto.answered() - before;
-    assert_eq!(calls, 10, "a poll of one instance, whose group's rules are known; its 120 peers come in two pages");
+    // Its VPC among them, which is asked for once.
+    assert_eq!(calls, 11, "a poll of one instance, whose group's rules are known; its 120 peers come in two pages");
     let group = &inventory.groups[&GroupId::from(db.as_str())];
     let peers: BTreeSet<Peer> = group.ingress.iter().map(|rule| rule.peer.clone()).collect();
     assert_eq!(peers, [Peer::Group(web.as_str().into()), Peer::PrefixList(list.as_str().into())].into());

@@ -82,7 +82,7 @@ impl Set {
             Self::Fmt => "rustfmt changes nothing (rustfmt)",
             Self::Clippy => "clippy and the eBPF compiler have no warnings (clippy)",
             Self::Deps => "cargo-deny has nothing against a dependency: advisories, licences, sources",
-            Self::Unit => "the crates' own tests",
+            Self::Unit => "the crates' own tests (Python, for Moto)",
             Self::Kernel => "the eBPF programs by BPF_PROG_TEST_RUN (root)",
             Self::Netns => "the agent in network namespaces (root)",
             Self::Docker => "the agent with Docker and Moto, end to end (root, a Docker engine, Python)",
@@ -239,14 +239,19 @@ impl Runner {
             Set::Deps => self.deps(),
             Set::Unit => {
                 self.object()?;
+                let venv = Venv::ensure();
                 let mut test = workspace::cargo();
                 test.args(["test", "-p", "sg-common", "-p", "sg-agent", "-p", "xtask", "--no-fail-fast"]);
                 test.arg("--").args(&self.filter);
+                if let Ok(venv) = &venv {
+                    test.env("SG_MOTO_PYTHON", venv.python());
+                }
                 let crates = count(&mut test, counts);
                 let mut test = workspace::cargo();
                 test.args(["test", "-p", TESTS, "--lib", "--"]).args(&self.filter);
                 count(&mut test, counts).and(crates)?;
-                Ok(Outcome::Passed)
+                let partly = |error| Outcome::Partly(format!("no Moto, so its tests were NOT run: {error:#}"));
+                Ok(venv.map_or_else(partly, |_| done(counts)))
             }
             Set::Kernel => self.rooted(set, &[deps::IP], &[], counts),
             Set::Netns => self.rooted(set, &[deps::IP], &[], counts),
