@@ -144,16 +144,14 @@ fn nonsense_changes_nothing() {
         ("302 Found", "text/plain", "elsewhere", "302"),
     ] {
         stage.endpoint.answer(status, kind, body);
-        // The second question is asked once the first one's answer is taken.
-        let asked = stage.endpoint.asked();
-        wait_for("the endpoint to be asked again", || (stage.endpoint.asked() > asked + 1).then_some(()));
         let status = stage.has_problem(words);
         assert_eq!(status["enforced"], false, "{body:?}: {status:#}");
         stage.stands();
+        // Or the next one's problem could be this one's.
+        stage.endpoint.forward(stage.moto.address());
+        stage.is_well();
+        stage.stands();
     }
-    stage.endpoint.forward(stage.moto.address());
-    stage.is_well();
-    stage.stands();
 }
 
 #[test]
