@@ -3,7 +3,7 @@
 use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use clap::Parser as _;
@@ -153,11 +153,18 @@ fn options(places: Places, args: RunArgs) -> Result<Options> {
 
 /// Exit code 0: what is desired is enforced; 1: it isn't.
 async fn status(places: &Places, args: &StatusArgs) -> Result<ExitCode> {
-    let socket = places.socket();
-    if let Some(patience) = args.wait {
-        wait_for(places, patience).await?;
-    }
-    let Reply::Status(status) = ask(&socket, &Request::Status).await? else { bail!("the agent gave no status") };
+    let until = args.wait.map(|patience| Instant::now() + patience);
+    let status = loop {
+        if let Some(until) = until {
+            wait_until(places, until).await?;
+        }
+        let answer = ask(&places.socket(), &Request::Status).await?;
+        let Reply::Status(status) = answer else { bail!("the agent gave no status") };
+        // What came between the two answers is waited for, too.
+        if status.enforced || until.is_none_or(|until| until <= Instant::now()) {
+            break status;
+        }
+    };
     let text = if args.json { serde_json::to_string_pretty(&*status)? } else { render::status(&status) };
     print(&text)?;
     Ok(if status.enforced { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -176,11 +183,10 @@ async fn ports(places: &Places, args: &PortsArgs) -> Result<ExitCode> {
 }
 
 /// The agent may be starting up as well as catching up; one that was killed has left its socket.
-async fn wait_for(places: &Places, patience: Duration) -> Result<()> {
+async fn wait_until(places: &Places, until: Instant) -> Result<()> {
     let socket = places.socket();
-    let until = tokio::time::Instant::now() + patience;
     loop {
-        let left = until.saturating_duration_since(tokio::time::Instant::now());
+        let left = until.saturating_duration_since(Instant::now());
         match ask(&socket, &Request::Sync { seconds: left.as_secs_f64() }).await {
             Ok(_) => return Ok(()),
             Err(error) if !left.is_zero() && error.is::<NotRunning>() => {

@@ -12,6 +12,8 @@ use sg_agent::discovery::{Attachment, Discovered, DiscoveryError, Options, Origi
 use tokio::sync::mpsc;
 use tokio::time;
 
+/// How long anything that must happen may take, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
 const MAC: [u8; 6] = [0x02, 0x00, 0x5e, 0x00, 0x53, 0x01];
 const MAC_TEXT: &str = "02:00:5e:00:53:01";
 
@@ -31,7 +33,8 @@ struct Namespace(String);
 impl Namespace {
     fn new(role: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("sgt-{role}-{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        // As the end-to-end tests name theirs, who take away what a killed run has left.
+        let name = format!("sgt-{}-{}-{role}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         run("ip", &["netns", "add", &name]);
         let namespace = Self(name);
         namespace.ip("link set lo up");
@@ -286,7 +289,7 @@ fn links_and_addresses_that_change_are_heard_of_at_once() {
                 (&host, "link del dev br2"),
             ] {
                 change.0.ip(change.1);
-                let heard = time::timeout(Duration::from_secs(5), rx.recv()).await;
+                let heard = time::timeout(PATIENCE, rx.recv()).await;
                 assert_eq!(heard, Ok(Some(())), "{}", change.1);
                 while time::timeout(quiet, rx.recv()).await.is_ok() {}
             }
@@ -315,7 +318,7 @@ fn a_rescan_is_asked_for_even_if_nothing_is_heard() {
         tokio::select! {
             ended = watch(&options, tx) => ended.expect("a watcher"),
             () = count => {}
-            () = time::sleep(Duration::from_secs(10)) => {}
+            () = time::sleep(PATIENCE) => {}
         }
         heard
     });

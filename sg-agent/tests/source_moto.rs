@@ -1,8 +1,10 @@
 //! The source against a real Moto: paging, what a poll costs, and the quirks that recorded answers can't show. Needs
 //! `SG_MOTO_PYTHON`, a Python with `moto[server,ec2]`; says so where there is none.
 
+#[path = "support/ports.rs"]
+mod ports;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -24,16 +26,16 @@ impl Moto {
             eprintln!("skipped: SG_MOTO_PYTHON names no Python with moto[server,ec2]");
             return None;
         };
-        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let port = ports::free_port();
         let log = std::env::temp_dir().join(format!("sg-agent-moto-{name}-{}.log", std::process::id()));
         let server = Command::new(&python)
-            .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &free.port().to_string()])
+            .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()])
             .stdout(Stdio::null())
             .stderr(std::fs::File::create(&log).unwrap())
             .spawn()
             .unwrap_or_else(|error| panic!("{python} can't be started: {error}"));
-        let moto = Self { url: format!("http://{free}"), server, log, http: reqwest::Client::new() };
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let moto = Self { url: format!("http://127.0.0.1:{port}"), server, log, http: reqwest::Client::new() };
+        let deadline = Instant::now() + Duration::from_secs(300);
         while moto.http.get(format!("{}/moto-api/", moto.url)).send().await.is_err() {
             assert!(Instant::now() < deadline, "Moto doesn't come up: {}", std::fs::read_to_string(&moto.log).unwrap());
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -165,6 +167,7 @@ async fn all_pages_are_read_and_a_poll_asks_for_little() {
     let before = moto.answered();
     let inventory = poll(&ec2, &[&database]).await;
     let calls = moto.answered() - before;
+    // Its VPC among them, which is asked for once.
     assert_eq!(calls, 11, "a poll of one instance, whose group's rules are known; its 120 peers come in two pages");
     let group = &inventory.groups[&GroupId::from(db.as_str())];
     let peers: BTreeSet<Peer> = group.ingress.iter().map(|rule| rule.peer.clone()).collect();

@@ -9,6 +9,7 @@ mod deps;
 mod ebpf;
 mod fuzz;
 mod image;
+mod kernel;
 mod launched;
 mod libtest;
 mod moto;

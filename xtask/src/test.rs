@@ -16,8 +16,8 @@ use clap::{Args, ValueEnum};
 
 use crate::deps::{self, audit, docker::Engine, python::Venv};
 use crate::libtest::Counts;
-use crate::{agent_image, build, cmd, ebpf, ui, vm, workspace};
-use report::{Outcome, Row, strict};
+use crate::{agent_image, build, cmd, ebpf, kernel, ui, vm, workspace};
+use report::{Outcome, Row, done, strict};
 
 /// The package of the packet-level and end-to-end tests; each of its files is in the set that it is named after.
 const TESTS: &str = "tests";
@@ -84,7 +84,7 @@ impl Set {
             Self::Fmt => "rustfmt changes nothing (rustfmt)",
             Self::Clippy => "clippy and the eBPF compiler have no warnings (clippy)",
             Self::Deps => "cargo-deny has nothing against a dependency: advisories, licences, sources",
-            Self::Unit => "the crates' own tests",
+            Self::Unit => "the crates' own tests (Python, for Moto)",
             Self::Kernel => "the eBPF programs by BPF_PROG_TEST_RUN (root)",
             Self::Netns => "the agent in network namespaces (root)",
             Self::Docker => "the agent with Docker and Moto, end to end (root, a Docker engine, Python)",
@@ -208,14 +208,19 @@ impl Runner {
             Set::Deps => self.deps(),
             Set::Unit => {
                 self.object()?;
+                let venv = Venv::ensure();
                 let mut test = workspace::cargo();
                 test.args(["test", "-p", "sg-common", "-p", "sg-agent", "-p", "xtask", "--no-fail-fast"]);
                 test.arg("--").args(&self.filter);
+                if let Ok(venv) = &venv {
+                    test.env("SG_MOTO_PYTHON", venv.python());
+                }
                 let crates = programs::run(&mut test, counts);
                 let mut test = workspace::cargo();
                 test.args(["test", "-p", TESTS, "--lib", "--"]).args(&self.filter);
                 programs::run(&mut test, counts).and(crates)?;
-                Ok(Outcome::Passed)
+                let partly = |error| Outcome::Partly(format!("no Moto, so its tests were NOT run: {error:#}"));
+                Ok(venv.map_or_else(partly, |_| done(counts)))
             }
             Set::Kernel => self.rooted(set, &[deps::IP], &[], counts),
             Set::Netns => self.rooted(set, &[deps::IP], &[], counts),
@@ -302,14 +307,14 @@ impl Runner {
             let passed = ["DOCKER_HOST", "CI", "RUST_BACKTRACE", "RUST_LOG", "RUST_TEST_THREADS"];
             all.extend(passed.iter().filter_map(|name| Some((*name, env::var_os(name)?))));
             let mut test = cmd::as_root(program, all);
-            test.current_dir(&directory).args(&self.filter);
+            test.current_dir(&directory).args(kernel::options_here()).args(&self.filter);
             if let Err(error) = programs::run(&mut test, counts) {
                 failures.push(format!("{error:#}"));
             }
             cmd::check_interrupted()?;
         }
         ensure!(failures.is_empty(), "{}", failures.join("; "));
-        Ok(Outcome::Passed)
+        Ok(done(counts))
     }
 
     /// Runs what depends on the kernel on another one. No root is needed.
@@ -331,11 +336,12 @@ impl Runner {
         environment.extend(passed.iter().filter_map(|name| Some((*name, env::var_os(name)?))));
         let mut all = Vec::new();
         for target in targets {
-            let arguments = if self.filter.is_empty() && programs::set_of(&target) == Some(Set::Netns) {
+            let mut arguments = if self.filter.is_empty() && programs::set_of(&target) == Some(Set::Netns) {
                 SLOW_NETNS.map(OsString::from).to_vec()
             } else {
                 self.filter.clone()
             };
+            arguments.extend(kernel::options(version));
             all.extend(
                 programs::build(&[target], &[])?
                     .into_iter()
@@ -343,7 +349,7 @@ impl Runner {
             );
         }
         vm::run(&vm::Job { version, agent: &agent, programs: &all, environment: &environment }, counts)?;
-        Ok(Outcome::Passed)
+        Ok(done(counts))
     }
 
     fn object(&self) -> Result<()> {

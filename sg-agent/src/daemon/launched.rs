@@ -33,8 +33,9 @@ pub(super) fn start(
 }
 
 impl Daemon {
-    /// The launcher's latest outcome.
-    pub(super) fn launched(&self) -> Option<Arc<launcher::State>> {
-        self.launcher.as_ref().map(|launcher| Arc::clone(&launcher.state().borrow()))
+    /// Takes the launcher's latest outcome in, whose ports are to be published next. Whoever waits goes by the one that
+    /// was published, or they would find ports still closed.
+    pub(super) fn take_launched(&mut self) {
+        self.launched = self.launcher.as_ref().map(|launcher| Arc::clone(&launcher.state().borrow()));
     }
 }

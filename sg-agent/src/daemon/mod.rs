@@ -208,6 +208,7 @@ pub async fn run(options: Options) -> Result<()> {
         pollers,
         gateway: gateway.0,
         launcher,
+        launched: None,
         view: View::default(),
         world: World::new(),
         desk: Desk::default(),
@@ -311,6 +312,8 @@ struct Daemon {
     snapshots: watch::Sender<Arc<Snapshot>>,
     pollers: Pollers,
     launcher: Option<launcher::Handle>,
+    /// The launcher's outcome that was published last.
+    launched: Option<Arc<launcher::State>>,
     view: View,
     world: World,
     desk: Desk,

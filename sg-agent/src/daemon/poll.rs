@@ -50,7 +50,7 @@ pub struct Poller {
     rules: Option<Instant>,
     success: Option<Instant>,
     error: Option<String>,
-    /// What the log last said of it, without the call that met it.
+    /// The outage that the log last told of ([`SourceError::outage`]).
     told: Option<String>,
 }
 
@@ -229,8 +229,7 @@ impl Poller {
             }
             Err(error) => {
                 let text = chain(&error);
-                // An outage is told once, whichever call meets it.
-                let outage = error.action().map_or_else(|| text.clone(), |action| text.replace(action, "a call"));
+                let outage = error.outage();
                 if self.told.as_ref() != Some(&outage) {
                     let meanwhile = match self.success {
                         Some(_) => "the last good policy stands",

@@ -9,6 +9,7 @@ use crate::proxy;
 impl Daemon {
     /// From the ports that are wanted to those that are open.
     pub(super) async fn publish(&mut self) {
+        self.take_launched();
         let wanted = self.published();
         self.proxy_warnings = self.proxy.reconcile(wanted).await;
         self.proxy_warnings.extend(self.unattached());
@@ -48,8 +49,7 @@ impl Daemon {
                 transport: port.transport,
             })
         });
-        let launched = self.launched();
-        let launched = launched.iter().flat_map(|launched| launched.ports.iter().cloned());
+        let launched = self.launched.iter().flat_map(|launched| launched.ports.iter().cloned());
         self.flags.iter().cloned().chain(by_label).chain(launched).map(proxy::Published::from).collect()
     }
 

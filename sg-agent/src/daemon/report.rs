@@ -43,7 +43,7 @@ impl Daemon {
         warnings.retain(|warning| !self.is_new(&warning.subject));
         warnings.extend(self.view.discovered.warnings.iter().chain(&self.poller_warnings).cloned());
         warnings.extend(self.proxy_warnings.iter().chain(&self.gateway_warning).cloned());
-        warnings.extend(self.launched().iter().flat_map(|launched| launched.warnings.clone()));
+        warnings.extend(self.launched.iter().flat_map(|launched| launched.warnings.clone()));
         warnings
     }
 
@@ -62,7 +62,7 @@ impl Daemon {
         let oldest = self.pollers.running.values().map(Poller::last_success).min().flatten();
         let mut since = oldest.zip(self.view.looked).map(|(read, looked)| read.min(looked));
         let mut underway = Vec::new();
-        if let Some(launched) = self.launched() {
+        if let Some(launched) = &self.launched {
             since = since.min(launched.read);
             underway.clone_from(&launched.underway);
             underway.extend(launched.error.clone());

@@ -192,22 +192,23 @@ pub enum SourceError {
 }
 
 impl SourceError {
-    /// The call that failed, if one did.
-    pub fn action(&self) -> Option<&'static str> {
+    /// What is the same for all of an outage: it is told once, whichever call meets it, and however its connection
+    /// fails: those that are open when an endpoint goes are reset, later ones are refused.
+    pub fn outage(&self) -> String {
         match self {
+            Self::Unreachable { url, .. } => format!("{url} can't be reached"),
+            Self::BrokenOff { url, .. } => format!("{url} breaks off"),
             Self::Credentials { action, .. }
-            | Self::Unreachable { action, .. }
-            | Self::BrokenOff { action, .. }
             | Self::TooLarge { action, .. }
             | Self::Throttled { action, .. }
             | Self::Answer { action, .. }
-            | Self::EndlessPages { action, .. } => Some(action),
+            | Self::EndlessPages { action, .. } => self.to_string().replace(action, "a call"),
             Self::Setting { .. }
             | Self::Client(_)
             | Self::Contradiction { .. }
             | Self::File { .. }
             | Self::Json { .. }
-            | Self::EmptyFile { .. } => None,
+            | Self::EmptyFile { .. } => self.to_string(),
         }
     }
 }

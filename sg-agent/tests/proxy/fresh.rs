@@ -8,6 +8,11 @@ use tokio::sync::{mpsc, watch};
 use crate::support::{Rules, Scene, connect, is_reset, talk, within};
 use crate::{SOME, some};
 
+/// Nobody waits so long in vain.
+const HOUR: Duration = Duration::from_secs(3_600);
+/// Everybody does.
+const MOMENT: Duration = Duration::from_millis(100);
+
 /// The next one who asks.
 async fn next(asked: &mut mpsc::Receiver<Ask>) -> Ask {
     within(asked.recv()).await.expect("it was asked")
@@ -16,13 +21,9 @@ async fn next(asked: &mut mpsc::Receiver<Ask>) -> Ask {
 #[tokio::test]
 async fn fresh_rules_are_asked_for_at_each_connection() {
     let (asks, mut asked) = mpsc::channel(4);
-    let always = Freshness::always(asks).patience(Duration::from_millis(500));
-    let scene = Scene::with(Rules::default(), 0, |proxy| proxy.fresh(always)).await;
-    // Nobody answers: the rules in force would let it in, and don't count.
-    scene.enforce(&some());
-    assert!(is_reset(SOME, scene.at).await);
-    assert!(next(&mut asked).await.is_closed());
-    // Nor do they if the endpoint can't be read.
+    let always = Freshness::always(asks).patience(HOUR);
+    let scene = Scene::with(some(), 0, |proxy| proxy.fresh(always)).await;
+    // The endpoint can't be read: the rules in force would let it in, and don't count.
     let client = tokio::spawn(is_reset(SOME, scene.at));
     next(&mut asked).await.send(Err("it is out".into())).unwrap();
     assert!(client.await.unwrap());
@@ -41,21 +42,30 @@ async fn fresh_rules_are_asked_for_at_each_connection() {
     scene.enforce(&Rules::default());
     ask.send(Ok(())).unwrap();
     assert!(client.await.unwrap());
-    assert_eq!((scene.counters().accepted, scene.counters().refused), (1, 3));
+    assert_eq!((scene.counters().accepted, scene.counters().refused), (1, 2));
+}
+
+#[tokio::test]
+async fn without_an_answer_about_fresh_rules_nobody_gets_in() {
+    let (asks, mut asked) = mpsc::channel(4);
+    let always = Freshness::always(asks).patience(MOMENT);
+    let scene = Scene::with(some(), 0, |proxy| proxy.fresh(always)).await;
+    assert!(is_reset(SOME, scene.at).await);
+    assert!(next(&mut asked).await.is_closed());
+    assert!(!scene.is_knocked_at());
+    assert_eq!((scene.counters().accepted, scene.counters().refused), (0, 1));
 }
 
 #[tokio::test]
 async fn stale_rules_are_read_anew_and_stand_if_they_can_not_be() {
     let stale = watch::Sender::new(false);
     let (asks, mut asked) = mpsc::channel(4);
-    let while_stale = Freshness::while_stale(stale.subscribe(), asks, Duration::from_millis(500));
+    let while_stale = Freshness::while_stale(stale.subscribe(), asks, HOUR);
     let scene = Scene::with(some(), 0, |proxy| proxy.fresh(while_stale)).await;
     talk(&mut scene.connected(SOME).await).await;
     assert!(asked.try_recv().is_err(), "the rules are fresh");
     stale.send_replace(true);
-    // Nobody answers, or the endpoint can't be read.
-    talk(&mut scene.connected(SOME).await).await;
-    assert!(next(&mut asked).await.is_closed());
+    // The endpoint can't be read.
     let client = tokio::spawn(connect(SOME, scene.at));
     next(&mut asked).await.send(Err("it is out".into())).unwrap();
     let server = within(scene.server.accept()).await.unwrap().0;
@@ -66,5 +76,16 @@ async fn stale_rules_are_read_anew_and_stand_if_they_can_not_be() {
     scene.enforce(&Rules::default());
     ask.send(Ok(())).unwrap();
     assert!(client.await.unwrap());
-    assert_eq!((scene.counters().accepted, scene.counters().refused), (3, 1));
+    assert_eq!((scene.counters().accepted, scene.counters().refused), (2, 1));
+}
+
+#[tokio::test]
+async fn stale_rules_stand_if_nobody_answers() {
+    let stale = watch::Sender::new(true);
+    let (asks, mut asked) = mpsc::channel(4);
+    let while_stale = Freshness::while_stale(stale.subscribe(), asks, MOMENT);
+    let scene = Scene::with(some(), 0, |proxy| proxy.fresh(while_stale)).await;
+    talk(&mut scene.connected(SOME).await).await;
+    assert!(next(&mut asked).await.is_closed());
+    assert_eq!((scene.counters().accepted, scene.counters().refused), (1, 0));
 }

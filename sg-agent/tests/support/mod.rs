@@ -1,6 +1,8 @@
 //! A proxy on loopback with an instance behind it: snapshots made by hand and compiled for real, clients with an
 //! address of their own, servers that do what a test wants. Asserts nothing about the proxy.
 
+pub mod ports;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::io;
@@ -23,7 +25,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 
 /// Longer than anything here takes on a busy machine; only a failure waits for it.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// Waits for something that has to happen.
 pub async fn within<F: Future>(future: F) -> F::Output {

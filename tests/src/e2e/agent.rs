@@ -13,11 +13,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use super::namespace::command_in;
+use super::namespace::{command_in, ends_with_this_thread};
 use super::{Namespace, PATIENCE, output, unique, wait_for};
 
 /// How long `status --wait` waits, in seconds.
-const SETTLE: &str = "20";
+const SETTLE: &str = "120";
 
 /// One agent. Dropped, it is stopped and everything of it is taken away, whatever the test did.
 #[derive(Debug)]
@@ -28,6 +28,8 @@ pub struct Agent {
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     child: Option<Child>,
+    /// How long the log was when it was last started.
+    began: usize,
 }
 
 impl Agent {
@@ -43,7 +45,7 @@ impl Agent {
         }
         let bpffs = Path::new("/sys/fs/bpf").join(name);
         let namespace = namespace.map(Namespace::handle);
-        Self { directory, bpffs, namespace, arguments: Vec::new(), environment: Vec::new(), child: None }
+        Self { directory, bpffs, namespace, arguments: Vec::new(), environment: Vec::new(), child: None, began: 0 }
     }
 
     /// More arguments for `sg-agent run`.
@@ -93,7 +95,8 @@ impl Agent {
         command
     }
 
-    /// Starts it; the log goes on where that of an earlier start ended.
+    /// Starts it; the log goes on where that of an earlier start ended. It is killed with the thread that starts it,
+    /// however that ends.
     ///
     /// # Panics
     /// When it can't be started, or runs already.
@@ -101,8 +104,10 @@ impl Agent {
         assert!(self.child.is_none(), "the agent runs already");
         let log = File::options().create(true).append(true).open(self.log_file()).expect("a log file");
         let again = log.try_clone().expect("one more open file");
+        self.began = self.log().len();
         let mut command = self.command();
         command.arg("run").args(&self.arguments).stdout(log).stderr(again);
+        ends_with_this_thread(&mut command);
         let child = command.spawn().unwrap_or_else(|error| panic!("cannot start {}: {error}", binary().display()));
         self.child = Some(child);
         self
@@ -247,7 +252,7 @@ impl Agent {
         fs::read_to_string(self.log_file()).unwrap_or_default()
     }
 
-    /// Waits for a line in the log that has all these words; returns it.
+    /// Waits for a line in the log since the last start that has all these words; returns it.
     ///
     /// # Panics
     /// When none comes.
@@ -255,7 +260,7 @@ impl Agent {
     pub fn logged(&self, words: &[&str]) -> String {
         wait_for(&format!("a line with {words:?} in the log"), || {
             let log = self.log();
-            let found = log.lines().find(|line| words.iter().all(|word| line.contains(word)));
+            let found = log[self.began..].lines().find(|line| words.iter().all(|word| line.contains(word)));
             found.map(str::to_owned)
         })
     }
@@ -274,6 +279,10 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         if thread::panicking() {
+            if self.child.is_some() {
+                // One that a test has stopped answers nobody.
+                self.signal(Signal::SIGCONT);
+            }
             let counted = self.command().args(["status", "--json"]).output();
             let counted = counted.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
             eprintln!("--- the agent's log ---\n{}--- its status ---\n{}---", self.log(), counted.unwrap_or_default());

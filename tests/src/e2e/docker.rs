@@ -21,6 +21,13 @@ pub struct Docker {
     name: String,
 }
 
+/// An image of another name or command. It goes when this is dropped, which is to be when nothing uses it any more.
+#[derive(Debug)]
+pub struct Image {
+    /// Its name.
+    pub name: String,
+}
+
 /// A network.
 #[derive(Debug)]
 pub struct Network {
@@ -93,19 +100,35 @@ impl Docker {
         container
     }
 
-    /// The image with another command, and what else a Dockerfile's lines say; its name.
+    /// The image with another command, and what else a Dockerfile's lines say.
     ///
     /// # Panics
     /// When it can't be made.
     #[track_caller]
-    pub fn image(&self, lines: &[&str]) -> String {
-        let (base, image) = (unique(), unique());
-        run(docker().args(["create", "--name", &base, &self.name, "/bin/sh"]));
+    pub fn image(&self, lines: &[&str]) -> Image {
+        let (base, image) = (Container { name: unique() }, Image { name: unique() });
+        run(docker().args(["create", "--name", &base.name, &self.name, "/bin/sh"]));
         let changes = lines.iter().flat_map(|line| ["--change", line]);
-        let made = docker().arg("commit").args(changes).args([&base, &image]).output();
-        run(docker().args(["rm", &base]));
-        assert!(made.as_ref().is_ok_and(|made| made.status.success()), "{made:?}");
+        run(docker().arg("commit").args(changes).args([&base.name, &image.name]));
         image
+    }
+}
+
+impl Image {
+    /// The same image by another name, too.
+    ///
+    /// # Panics
+    /// When it can't be given that.
+    #[track_caller]
+    pub fn again(&self, name: &str) -> Self {
+        run(docker().args(["tag", &self.name, name]));
+        Self { name: name.to_owned() }
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        let _ = docker().args(["rmi", "--force", &self.name]).output();
     }
 }
 
@@ -313,7 +336,9 @@ fn sweep() {
             (&["network", "ls", "--format", "{{.Name}}"], &["network", "rm"]),
             (&["images", "--format", "{{.Repository}}"], &["rmi", "--force"]),
         ] {
-            for name in run(docker().args(list)).lines().filter(|name| super::sweep::is_orphan(name)) {
+            // An image's name may have a registry's before it.
+            let own = |name: &&str| name.rsplit('/').next().is_some_and(super::sweep::is_orphan);
+            for name in run(docker().args(list)).lines().filter(own) {
                 let _ = docker().args(remove).arg(name).output();
             }
         }

@@ -1,16 +1,17 @@
-//! An HTTP endpoint in front of another one, or of nothing: it can be told to answer something else, or not at all.
+//! An HTTP endpoint in front of another one, or of nothing: it can be told to answer something else, or not at all. What
+//! it was asked before it is told is answered before that counts: nobody hears of what happens after by an old question.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd as _;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{Shutdown as Both, shutdown};
 
-use super::Namespace;
+use super::{Namespace, PATIENCE};
 
 /// A server on 127.0.0.1 of a namespace; it ends when this is dropped.
 #[derive(Debug)]
@@ -25,6 +26,8 @@ pub struct Endpoint {
 struct Told {
     mood: Mutex<Mood>,
     asked: AtomicUsize,
+    /// Questions that will be answered.
+    under_way: AtomicUsize,
 }
 
 /// What it does with a request.
@@ -32,8 +35,8 @@ struct Told {
 enum Mood {
     /// Passes it on.
     Forward(SocketAddr),
-    /// Answers this, whatever is asked.
-    Answer(String),
+    /// Answers with this head and body, whatever is asked.
+    Answer(String, String),
     /// Takes the request, and says nothing.
     Hang,
     /// Passes it on after a while.
@@ -55,7 +58,11 @@ impl Endpoint {
         let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let listener = namespace.map_or_else(bind, |namespace| namespace.run(bind));
         let address = listener.local_addr().expect("a listener has an address");
-        let told = Arc::new(Told { mood: Mutex::new(Mood::HangUp), asked: AtomicUsize::new(0) });
+        let told = Arc::new(Told {
+            mood: Mutex::new(Mood::HangUp),
+            asked: AtomicUsize::new(0),
+            under_way: AtomicUsize::new(0),
+        });
         let (again, listens) = (listener.try_clone().expect("one more open file"), Arc::clone(&told));
         let thread = Some(thread::spawn(move || listen(&again, &listens)));
         Self { address, listener, told, thread }
@@ -71,11 +78,10 @@ impl Endpoint {
         self.told.set(Mood::Forward(upstream));
     }
 
-    /// From now on, answers this.
+    /// From now on, answers this; `{action}` in it is the call's.
     pub fn answer(&self, status: &str, content_type: &str, body: &str) {
-        let length = body.len();
-        let head = format!("HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {length}");
-        self.told.set(Mood::Answer(format!("{head}\r\nConnection: close\r\n\r\n{body}")));
+        let head = format!("HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nConnection: close");
+        self.told.set(Mood::Answer(head, body.to_owned()));
     }
 
     /// From now on, takes requests and never answers.
@@ -103,19 +109,42 @@ impl Endpoint {
         self.told.set(Mood::HangUp);
     }
 
-    /// How many connections came.
+    /// How many requests came.
     pub fn asked(&self) -> usize {
         self.told.asked.load(SeqCst)
     }
 }
 
 impl Told {
+    /// Nobody is let in until what is under way is over.
     fn set(&self, mood: Mood) {
-        *self.mood.lock().unwrap_or_else(PoisonError::into_inner) = mood;
+        let mut current = self.current();
+        let end = Instant::now() + PATIENCE;
+        while self.under_way.load(SeqCst) > 0 && Instant::now() < end {
+            thread::sleep(Duration::from_millis(1));
+        }
+        *current = mood;
     }
 
-    fn mood(&self) -> Mood {
-        self.mood.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Somebody asks something: what is done with it, and that it is under way.
+    fn ask(self: &Arc<Self>) -> (Mood, UnderWay) {
+        let mood = self.current();
+        self.asked.fetch_add(1, SeqCst);
+        self.under_way.fetch_add(1, SeqCst);
+        (mood.clone(), UnderWay(Arc::clone(self)))
+    }
+
+    fn current(&self) -> MutexGuard<'_, Mood> {
+        self.mood.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A question that will be answered, until it has been.
+struct UnderWay(Arc<Told>);
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.under_way.fetch_sub(1, SeqCst);
     }
 }
 
@@ -130,34 +159,61 @@ impl Drop for Endpoint {
     }
 }
 
-fn listen(listener: &TcpListener, told: &Told) {
+fn listen(listener: &TcpListener, told: &Arc<Told>) {
     while let Ok((stream, _)) = listener.accept() {
-        told.asked.fetch_add(1, SeqCst);
-        match told.mood() {
-            Mood::End => return,
-            // Until the client gives up.
-            Mood::Hang => drop(thread::spawn(move || std::io::copy(&mut &stream, &mut std::io::sink()))),
-            Mood::Delay(upstream, by) => drop(thread::spawn(move || {
-                thread::sleep(by);
-                forward(stream, upstream)
-            })),
-            Mood::Only { words, upstream, hangs } => drop(thread::spawn(move || only(stream, &words, upstream, hangs))),
-            Mood::HangUp => drop(thread::spawn(move || reply(stream, ""))),
-            // A client that fails is the test's affair.
-            Mood::Answer(answer) => drop(thread::spawn(move || reply(stream, &answer))),
-            Mood::Forward(upstream) => drop(thread::spawn(move || forward(stream, upstream))),
-        }
+        let told = Arc::clone(told);
+        // A client that fails is the test's affair.
+        thread::spawn(move || serve(stream, &told));
     }
 }
 
+fn serve(stream: TcpStream, told: &Arc<Told>) -> std::io::Result<()> {
+    // A connection that is kept for later asks nothing yet.
+    if stream.peek(&mut [0])? == 0 {
+        return Ok(());
+    }
+    let (mood, under_way) = told.ask();
+    match mood {
+        Mood::End => Ok(()),
+        Mood::Forward(upstream) => forward(stream, upstream),
+        Mood::Delay(upstream, by) => {
+            thread::sleep(by);
+            forward(stream, upstream)
+        }
+        Mood::HangUp => reply(stream, |_| String::new()),
+        Mood::Answer(head, body) => reply(stream, |request| {
+            let body = body.replace("{action}", action(request));
+            format!("{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+        }),
+        Mood::Only { words, upstream, hangs } => match only(stream, &words, upstream)? {
+            Some(client) if hangs => hang(&client, under_way),
+            _ => Ok(()),
+        },
+        Mood::Hang => hang(&stream, under_way),
+    }
+}
+
+/// Until the client gives up. Nobody waits for that.
+fn hang(mut stream: &TcpStream, under_way: UnderWay) -> std::io::Result<()> {
+    drop(under_way);
+    stream.set_read_timeout(None)?;
+    std::io::copy(&mut stream, &mut std::io::sink()).map(drop)
+}
+
+/// The call that a request is, as EC2's Query API names it.
+fn action(request: &str) -> &str {
+    let action = request.split(['&', '\n']).find_map(|field| field.strip_prefix("Action="));
+    action.unwrap_or_default()
+}
+
 /// Reads the request to its end before it answers: otherwise the answer may be lost in a reset.
-fn reply(mut stream: TcpStream, answer: &str) -> std::io::Result<()> {
-    read(&mut stream)?;
-    stream.write_all(answer.as_bytes())
+fn reply(mut stream: TcpStream, answer: impl FnOnce(&str) -> String) -> std::io::Result<()> {
+    let request = read(&mut stream)?;
+    stream.write_all(answer(&String::from_utf8_lossy(&request)).as_bytes())
 }
 
 fn read(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
     let (mut request, mut buffer) = (Vec::new(), [0; 4096]);
     while !is_whole(&request) {
         match stream.read(&mut buffer)? {
@@ -168,18 +224,16 @@ fn read(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
     Ok(request)
 }
 
-/// Passes one request on, if it has these words.
-fn only(mut client: TcpStream, words: &str, upstream: SocketAddr, hangs: bool) -> std::io::Result<()> {
+/// Passes one request on, if it has these words; gives the client back if it hasn't.
+fn only(mut client: TcpStream, words: &str, upstream: SocketAddr) -> std::io::Result<Option<TcpStream>> {
     let request = read(&mut client)?;
-    if String::from_utf8_lossy(&request).contains(words) {
-        let mut server = TcpStream::connect(upstream)?;
-        server.write_all(&request)?;
-        std::io::copy(&mut server, &mut client)?;
-    } else if hangs {
-        client.set_read_timeout(None)?;
-        std::io::copy(&mut client, &mut std::io::sink())?;
+    if !String::from_utf8_lossy(&request).contains(words) {
+        return Ok(Some(client));
     }
-    Ok(())
+    let mut server = TcpStream::connect(upstream)?;
+    server.write_all(&request)?;
+    std::io::copy(&mut server, &mut client)?;
+    Ok(None)
 }
 
 fn is_whole(request: &[u8]) -> bool {

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{Namespace, PATIENCE, docker, output, run, unique};
+use super::{Namespace, PATIENCE, docker, output, run, sweep, unique};
 
 /// How long it may take to answer: after a crash it clears up first.
-const START: Duration = Duration::from_secs(90);
+const START: Duration = Duration::from_secs(300);
 
 /// An engine. Dropped, it goes with all that it has.
 #[derive(Debug)]
@@ -70,6 +70,9 @@ impl Engine {
         for (option, name) in [("--data-root", "data"), ("--exec-root", "run"), ("--pidfile", "pid")] {
             dockerd.arg(option).arg(self.directory.join(name));
         }
+        // Its containers are known by the group that they are in, whoever else has containers.
+        let group = Path::new("/").join(self.directory.file_name().unwrap_or_default());
+        dockerd.args(["--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent"]).arg(group);
         dockerd.args(more).stdin(Stdio::null()).stdout(log).stderr(again);
         self.dockerd = Some(dockerd.spawn().expect("setpriv and dockerd in the PATH"));
         let end = Instant::now() + START;
@@ -130,7 +133,8 @@ impl Drop for Engine {
             }
         }
         self.stop(Signal::SIGTERM);
-        let _ = std::fs::remove_dir_all(&self.directory);
+        // Of an engine that was killed something may be left, whatever it did when it was started anew.
+        sweep::clear(&self.directory);
     }
 }
 

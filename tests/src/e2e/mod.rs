@@ -13,25 +13,29 @@ mod probe;
 mod rules;
 mod server;
 mod socket;
+mod ssh;
 mod sweep;
 mod world;
 
+use std::net::{Ipv4Addr, TcpListener};
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 pub use agent::{Agent, binary, said};
-pub use docker::{Container, Docker, IDLE, Launched, Network, docker, import};
+pub use docker::{Container, Docker, IDLE, Image, Launched, Network, docker, import};
 pub use endpoint::Endpoint;
 pub use engine::{Engine, forward};
 pub use frames::{arp_reply, offloaded_datagram, send_frame, send_offloaded};
 pub use lab::{Lab, LabBuilder};
 pub use moto::{Moto, element};
-pub use namespace::Namespace;
+pub use namespace::{Namespace, ends_with_this_thread};
 pub use probe::{Attempt, PATIENCE, SILENCE, Stream};
 pub use rules::Rules;
 pub use server::Server;
 pub use socket::{DockerSocket, engine};
+pub use ssh::ssh;
 pub use world::{Instance, World};
 
 /// Looks again and again until `seen` gives something.
@@ -86,9 +90,25 @@ pub fn need_root() {
     assert!(nix::unistd::Uid::effective().is_root(), "needs root for network namespaces and eBPF; run it as root");
 }
 
+/// A port of this machine's that nobody has, and that nobody is given: from below those of outgoing connections (32768
+/// to 60999, `ip_local_port_range`), one of which could have it by the time that its user comes.
+///
+/// # Panics
+/// When all are taken.
+pub fn free_port() -> u16 {
+    const PORTS: std::ops::Range<u16> = 20_000..30_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let mut candidates = (0..PORTS.len()).map(|_| {
+        // Programs that run at the same time begin at different ones.
+        let number = std::process::id() * 100 + NEXT.fetch_add(1, Ordering::Relaxed);
+        PORTS.start + (number % PORTS.len() as u32) as u16
+    });
+    let is_free = |port: &u16| TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port)).is_ok();
+    candidates.find(is_free).expect("a port that nobody has")
+}
+
 /// A name that no other test has, at this time or later: `sgt-PID-NUMBER`. `sweep` finds what a killed run left by it.
 pub fn unique() -> String {
-    use std::sync::atomic::{AtomicU32, Ordering};
     static NEXT: AtomicU32 = AtomicU32::new(0);
     sweep::once();
     format!("sgt-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))

@@ -2,22 +2,21 @@
 //! tests of a program: it takes seconds to start, and the agent asks only for its own instances.
 
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::unix::process::CommandExt as _;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{Agent, Namespace, run, unique};
+use super::namespace::ends_with_this_thread;
+use super::{Agent, Namespace, free_port, run, unique};
 
 /// How long it may take until it answers; importing it takes seconds on a slow disk.
-const START: Duration = Duration::from_secs(90);
+const START: Duration = Duration::from_secs(300);
 /// An image that Moto knows from its start.
 const AMI: &str = "ami-12c6146b";
 /// Where tests are that don't say otherwise.
@@ -56,9 +55,8 @@ impl Moto {
     /// # Panics
     /// When it can't be started.
     pub fn own() -> Self {
-        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| listener.local_addr());
-        let (address, region) = (free.expect("a free port"), REGION.to_owned());
-        let moto = Self { address, region, from: None, process: Mutex::new(None) };
+        let address = (Ipv4Addr::LOCALHOST, free_port()).into();
+        let moto = Self { address, region: REGION.to_owned(), from: None, process: Mutex::new(None) };
         moto.restart();
         moto
     }
@@ -87,9 +85,7 @@ impl Moto {
             let mut command = Command::new(&python);
             command.args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &address.port().to_string()]);
             command.stdin(Stdio::null()).stderr(out.try_clone().expect("one more open file")).stdout(out);
-            let with_us = || set_pdeathsig(Signal::SIGKILL).map_err(Into::into);
-            // SAFETY: it makes one system call, and neither allocates nor takes a lock.
-            unsafe { command.pre_exec(with_us) };
+            ends_with_this_thread(&mut command);
             let started = command.spawn().map_err(|error| format!("{}: {error}", python.display()));
             let child = started.map_err(|error| drop(tell.send(error)));
             if let Ok(mut child) = child {

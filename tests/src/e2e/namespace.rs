@@ -10,6 +10,8 @@ use std::thread;
 
 use nix::libc;
 use nix::sched::{CloneFlags, setns};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
 
 use super::{run, unique};
 
@@ -134,6 +136,13 @@ pub fn command_in(namespace: &File, program: impl AsRef<std::ffi::OsStr>) -> Com
     // SAFETY: `enter` makes one system call, and neither allocates nor takes a lock.
     unsafe { command.pre_exec(enter) };
     command
+}
+
+/// Has a program killed when the thread that starts it ends, also where that is killed itself.
+pub fn ends_with_this_thread(command: &mut Command) {
+    let with_us = || set_pdeathsig(Signal::SIGKILL).map_err(Into::into);
+    // SAFETY: it makes one system call, and neither allocates nor takes a lock.
+    unsafe { command.pre_exec(with_us) };
 }
 
 impl Drop for Namespace {

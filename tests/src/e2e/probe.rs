@@ -8,8 +8,10 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::Namespace;
 
-/// How long anything that must happen may take, on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(15);
+/// How long anything that must happen may take, on a busy machine. Only a failure waits for it.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+/// How long an answer may take before something is said again.
+const AGAIN: Duration = Duration::from_millis(150);
 /// How long it must be silent where nothing may pass. What passes takes less than a millisecond here, and each silence
 /// is held against something that does pass.
 pub const SILENCE: Duration = Duration::from_millis(500);
@@ -162,7 +164,8 @@ impl<'a> Attempt<'a> {
         socket.bind(&SocketAddr::new(source, 0).into())
     }
 
-    /// Sends again and again, as whoever uses UDP has to.
+    /// Sends again and again, as whoever uses UDP has to. Where more than one was sent, the answers to the others are
+    /// waited for as well: nothing is under way when somebody counts.
     fn send(&self, patience: Duration) -> std::io::Result<()> {
         let end = Instant::now() + patience;
         let mut number = 0_u16;
@@ -175,13 +178,18 @@ impl<'a> Attempt<'a> {
         self.bind(&socket)?;
         let socket = UdpSocket::from(socket);
         socket.connect(self.to)?;
-        socket.set_read_timeout(Some(Duration::from_millis(150)))?;
+        socket.set_read_timeout(Some(AGAIN))?;
         let mut buffer = vec![0; 1 << 16];
         while Instant::now() < end {
             number += 1;
             socket.send(&self.message(number))?;
             match socket.recv(&mut buffer) {
-                Ok(length) if self.is_answer(&buffer[..length]) => return Ok(()),
+                Ok(length) if self.is_answer(&buffer[..length]) => {
+                    while number > 1 && socket.recv(&mut buffer).is_ok() {
+                        number -= 1;
+                    }
+                    return Ok(());
+                }
                 Ok(length) => return Err(std::io::Error::other(format!("{length} bytes came that are no answer"))),
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
                 Err(error) => return Err(error),
@@ -239,7 +247,8 @@ impl Stream {
         }
     }
 
-    fn new(inner: TcpStream) -> Self {
+    /// One that is open already.
+    pub fn new(inner: TcpStream) -> Self {
         Self { inner, sent: 0 }
     }
 
@@ -258,6 +267,22 @@ impl Stream {
         assert!(result.is_ok(), "the connection should go on: {result:?}");
     }
 
+    /// What is said must come back, if need be after more was said.
+    ///
+    /// # Panics
+    /// When it doesn't.
+    #[track_caller]
+    pub fn goes_on_when_spoken_to(&mut self) {
+        let (end, mut patience) = (Instant::now() + PATIENCE, AGAIN);
+        loop {
+            match self.exchange(patience) {
+                Ok(()) => return,
+                Err(error) if is_silence(&error) && Instant::now() < end => patience *= 2,
+                Err(error) => panic!("the connection should go on: {error:?}"),
+            }
+        }
+    }
+
     /// Nothing may come back.
     ///
     /// # Panics
@@ -265,8 +290,7 @@ impl Stream {
     #[track_caller]
     pub fn is_silent(&mut self) {
         let result = self.exchange(SILENCE);
-        let kind = result.as_ref().err().map(std::io::Error::kind);
-        assert!(matches!(kind, Some(ErrorKind::WouldBlock | ErrorKind::TimedOut)), "it should be silent: {result:?}");
+        assert!(result.as_ref().is_err_and(is_silence), "it should be silent: {result:?}");
     }
 
     /// It must have been ended by the other side, or end now.
@@ -297,4 +321,8 @@ impl Stream {
             }
         }
     }
+}
+
+fn is_silence(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }

@@ -74,6 +74,12 @@ impl Server {
     pub fn datagrams(&self) -> u64 {
         self.seen.datagrams.load(SeqCst)
     }
+
+    /// The same for who isn't to know the server.
+    pub fn counted(&self) -> impl Fn() -> u64 + Send + use<> {
+        let seen = Arc::clone(&self.seen);
+        move || seen.datagrams.load(SeqCst)
+    }
 }
 
 impl Seen {

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 use serde_json::json;
-use tests::e2e::{Agent, Attempt, Docker, DockerSocket, Engine, Moto, Server, element, forward, output, run, wait_for};
+use tests::e2e::{Agent, Attempt, Docker, DockerSocket, Engine, Moto, Server, element, forward, run, wait_for};
 
 use crate::{Host, Stage};
 
@@ -42,7 +42,7 @@ fn is_enforced(engine: &Engine) {
 fn docker_may_be_killed_and_restart() {
     let docker = Docker::new();
     let image = docker.image(&["CMD [\"/bin/sleep\", \"3600\"]"]);
-    let mut engine = Engine::new(&image);
+    let mut engine = Engine::new(&image.name);
     let mut agent = Agent::new(Some(&engine.namespace));
     let file = agent.directory().join("rules.json");
     std::fs::write(&file, rules()).expect("a new file");
@@ -52,7 +52,7 @@ fn docker_may_be_killed_and_restart() {
     engine.start(&["--live-restore"]);
     for name in ["a", "b"] {
         let (full, label) = (format!("test-{name}"), format!("dev.sg-agent.instance-id=i-{name}"));
-        run(engine.docker().args(["run", "-d", "--name", &full, "--label", &label, &image]));
+        run(engine.docker().args(["run", "-d", "--name", &full, "--label", &label, &image.name]));
     }
     agent.start().wait();
     is_enforced(&engine);
@@ -82,8 +82,6 @@ fn docker_may_be_killed_and_restart() {
     agent.wait();
     assert_eq!(agent.status()["enforced"], true);
     is_enforced(&engine);
-    drop((agent, engine));
-    let _ = output(tests::e2e::docker().args(["rmi", "--force", &image]));
 }
 
 #[test]
@@ -91,11 +89,11 @@ fn launched_instances_come_back_with_docker() {
     let docker = Docker::new();
     let image = docker.image(&["CMD [\"/bin/sleep\", \"3600\"]"]);
     let moto = Moto::shared().in_region("sa-east-1");
-    let mut engine = Engine::new(&image);
+    let mut engine = Engine::new(&image.name);
     let mut agent = Agent::new(Some(&engine.namespace));
     let endpoint = forward(&engine.namespace, moto.address());
     moto.serve(&mut agent, &format!("http://{endpoint}"));
-    agent.arguments(["--launch", "--launch-default-image", &image]).environment("DOCKER_HOST", engine.host());
+    agent.arguments(["--launch", "--launch-default-image", &image.name]).environment("DOCKER_HOST", engine.host());
     let vpc = element(&moto.call("CreateVpc", &[("CidrBlock", "10.218.0.0/16")]), "vpcId");
     let create = [("VpcId", &*vpc), ("CidrBlock", "10.218.1.0/24")];
     let subnet = element(&moto.call("CreateSubnet", &create), "subnetId");
@@ -128,8 +126,6 @@ fn launched_instances_come_back_with_docker() {
         agent.wait();
         check(&engine);
     }
-    drop((agent, engine));
-    let _ = output(tests::e2e::docker().args(["rmi", "--force", &image]));
 }
 
 #[test]
@@ -147,7 +143,11 @@ fn a_container_is_found_though_dockers_events_are_lost() {
     wait_for("it is enforced", || {
         let status = stage.agent.status();
         let mut interfaces = status["interfaces"].as_array()?.iter();
-        interfaces.any(|interface| interface["instance"] == *b.id && interface["policy"] == "groups").then_some(())
+        interfaces
+            .any(|interface| {
+                interface["instance"] == *b.id && interface["policy"] == "groups" && interface["attached"] == true
+            })
+            .then_some(())
     });
     let servers = [22, 23].map(|port| b.serve(port));
     a.tcp(&b, 22).passes();

@@ -29,7 +29,7 @@ fn the_agent_runs_in_a_container() {
     let command = ["--bpffs", &bpffs, "run", "--poll-interval", "0.2", "--endpoint-url", &url];
     let agent: Container = stage.docker.run_image(&image(), &options, &command);
     let settle = || {
-        let waited = agent.exec(&["sg-agent", "status", "--wait", "20"]);
+        let waited = agent.exec(&["sg-agent", "status", "--wait", "120"]);
         assert!(waited.status.success(), "{}", said(&waited));
     };
     settle();

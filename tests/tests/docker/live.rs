@@ -1,9 +1,9 @@
 //! `--live=endpoint`: what the endpoint says now, at each connection.
 
-use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr};
 use std::thread;
 
-use tests::e2e::{Attempt, Namespace};
+use tests::e2e::{Attempt, Namespace, free_port};
 
 use crate::Stage;
 
@@ -14,8 +14,7 @@ fn every_connection_meets_the_rules_of_its_moment() {
     let mut stage = Stage::new();
     let group = stage.moto.group();
     let b = stage.instance("b", &[&group]);
-    let port =
-        TcpListener::bind((LOCALHOST, 0)).and_then(|listener| listener.local_addr()).expect("a free port").port();
+    let port = free_port();
     let publish = format!("{}:{port}=22", b.id);
     stage.agent.arguments(["--live", "endpoint", "--publish", &publish]).start().wait();
     let _server = b.serve(22);

@@ -1,33 +1,32 @@
 //! A user's session with the real AWS CLI and SSH, each outcome asserted.
 
 use std::fs;
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Output};
+use std::time::Duration;
 
-use tests::e2e::{output, run, said, unique};
+use tests::e2e::{PATIENCE, free_port, run, said, ssh, unique, wait_for};
 
 use crate::{Host, Stage};
 
+/// How long a login may take that mustn't succeed.
+const DENIED: Duration = Duration::from_secs(4);
+
 /// Logs in as its user would, by localhost.
-fn ssh(stage: &Stage, port: u16) -> Output {
-    let mut ssh = Command::new("ssh");
-    ssh.args(["-F", "/dev/null", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]);
-    ssh.args(["-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=4"]);
-    ssh.arg("-i").arg(stage.agent.directory().join("key.pem")).args(["-p", &port.to_string(), "root@127.0.0.1"]);
-    output(ssh.arg("echo a shell on $(hostname)"))
+fn log_in(stage: &Stage, port: u16, patience: Duration) -> Output {
+    ssh(&stage.agent.directory().join("key.pem"), port, patience)
 }
 
 #[track_caller]
 fn gets_a_shell(stage: &Stage, port: u16) {
-    let answer = ssh(stage, port);
+    let answer = log_in(stage, port, PATIENCE);
     assert!(answer.status.success() && said(&answer).contains("a shell on web"), "{}", said(&answer));
 }
 
 /// Refused or timed out; a login that fails is something else.
 #[track_caller]
 fn gets_nothing(stage: &Stage, port: u16) {
-    let answer = ssh(stage, port);
+    let answer = log_in(stage, port, DENIED);
     let words = said(&answer).to_lowercase();
     let signs = ["refused", "timed out", "connection closed by", "connection reset", "reset by peer"];
     assert!(!answer.status.success() && signs.iter().any(|sign| words.contains(sign)), "{words}");
@@ -36,7 +35,7 @@ fn gets_nothing(stage: &Stage, port: u16) {
 #[test]
 fn ssh_works_exactly_while_a_rule_lets_it() {
     let mut stage = Stage::new();
-    let port = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a free port").port();
+    let port = free_port();
     let moto = stage.moto;
     let name = unique();
     let key = stage.agent.directory().join("key.pem");
@@ -62,6 +61,7 @@ fn ssh_works_exactly_while_a_rule_lets_it() {
     let _web = stage.docker.run("web", &options, &["/bin/ssh-server"]);
 
     stage.agent.start().wait();
+    wait_for("ssh's server is up", || log_in(&stage, port, PATIENCE).status.success().then_some(()));
     gets_a_shell(&stage, port);
     ingress("revoke", "0.0.0.0/0");
     stage.agent.wait();

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use tests::e2e::{Agent, Moto, run, wait_for};
+use tests::e2e::{Agent, Moto, ends_with_this_thread, run, wait_for};
 
 use crate::Stage;
 
@@ -47,12 +47,13 @@ fn an_endpoint_with_tls_is_read_and_forwarded_to() {
     let mut moto = stage.world.host.command(python());
     moto.args(["-m", "moto.server", "-H", "127.0.0.1", "-p", "5443", "-s", "-c", "cert.pem", "-k", "key.pem"]);
     moto.current_dir(&directory).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    ends_with_this_thread(&mut moto);
     let mut moto = Process(moto.spawn().expect("python runs"));
     let mut agent = Agent::new(Some(&stage.world.host));
     let url = "https://localhost:5443";
     Moto::reach(&mut agent, url);
     agent.environment("SSL_CERT_FILE", directory.join("cert.pem"));
-    agent.arguments(["--no-docker", "--gateway", crate::GATEWAY]);
+    agent.arguments(["--no-docker", "--gateway", crate::GATEWAY, "--commit-timeout", crate::LONG]);
     agent.start();
     agent.logged(&["is up"]);
     wait_for("an answer by TLS", || agent.status()["sources"][0]["age_seconds"].is_number().then_some(()));

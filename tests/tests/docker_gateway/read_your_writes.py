@@ -1,17 +1,24 @@
 """A rule comes and goes, and right after each call a new connection must meet it. Without a pause, by boto3."""
 
 import socket
-import struct
 import sys
 
 import boto3
 
 SILENCE = 0.1
-RETRANSMISSIONS = 100  # tcpi_total_retrans in struct tcp_info
+
+
+def sent_again():
+    """How many SYNs were sent a second time in this namespace."""
+    with open("/proc/thread-self/net/netstat") as table:
+        names, values = [line.split() for line in table if line.startswith("TcpExt:")]
+    return int(values[names.index("TCPSynRetrans")])
 
 
 def connects(address, patience):
-    """Whether it does, and how many SYNs were sent. On a machine that is busy the kernel may send a second one."""
+    """Whether it does, and how many SYNs were sent. On a machine that is busy the kernel may send a second one, until the
+    socket is closed."""
+    before = sent_again()
     with socket.socket() as client:
         client.settimeout(patience)
         try:
@@ -19,8 +26,7 @@ def connects(address, patience):
             connected = True
         except TimeoutError:
             connected = False
-        info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
-        return connected, 1 + struct.unpack_from("I", info, RETRANSMISSIONS)[0]
+    return connected, 1 + sent_again() - before
 
 
 def main(endpoint, group, host, port, rounds):

@@ -121,7 +121,7 @@ fn accounts_and_regions_are_each_their_own() {
     let endpoint = Endpoint::start(Some(&world.host));
     endpoint.forward(moto.address());
     Moto::reach(&mut agent, &endpoint.url());
-    agent.arguments(["--no-docker", "--gateway", GATEWAY, "--poll-interval", "3600"]);
+    agent.arguments(["--no-docker", "--gateway", GATEWAY, "--poll-interval", "3600", "--commit-timeout", crate::LONG]);
     let gateway = moto.through(GATEWAY.parse().expect("an address"), &world.host);
     let own = "123456789012";
     let mut hosts = Vec::new();

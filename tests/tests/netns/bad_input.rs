@@ -118,16 +118,16 @@ fn an_endpoint_that_does_not_answer_is_named() {
     agent.arguments([endpoint.url()]);
     endpoint.answer("500 INTERNAL SERVER ERROR", "text/html; charset=utf-8", html);
     agent.start();
-    let line = agent.logged(&["WARN", &endpoint.url(), "500"]);
+    let line = agent.logged(&["WARN", &endpoint.url(), "HTTP 500"]);
     assert!(line.contains("Describe") && !line.contains("<h1>"), "it names the call, and spares the page: {line}");
     // Whatever else comes is told once, too.
     endpoint.answer("200 OK", "text/html", "<html><body>a login page</body></html>");
-    agent.logged(&["WARN", &endpoint.url(), "html"]);
+    agent.logged(&["WARN", &endpoint.url(), "HTTP 200", "a login page"]);
     let url = endpoint.url();
     drop(endpoint);
     agent.logged(&["WARN", &url, "can't be reached"]);
     let log = agent.log();
-    for words in ["500", "can't be reached"] {
+    for words in ["HTTP 500", "HTTP 200", "can't be reached"] {
         let lines = log.lines().filter(|line| line.contains("WARN") && line.contains(words)).count();
         assert_eq!(lines, 1, "one line says {words:?}: {log}");
     }

@@ -15,7 +15,7 @@ use crate::ui::{self, Progress};
 use crate::{cmd, workspace};
 
 /// How long an engine may take until it answers.
-const START: Duration = Duration::from_secs(60);
+const START: Duration = Duration::from_secs(180);
 /// How long dockerd may take to end; it stops its containers first.
 const STOP: Duration = Duration::from_secs(20);
 
