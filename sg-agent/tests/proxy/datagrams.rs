@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use sg_agent::apply::Snapshot;
-use sg_agent::proxy::{IdleTimes, OnRevoke, Proxy, Published, Transport};
+use sg_agent::proxy::{IdleTimes, OnRevoke, PortCounters, Proxy, Published, Transport};
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::sync::watch;
 
@@ -44,8 +44,9 @@ impl Scene {
         client
     }
 
-    fn counters(&self) -> sg_agent::proxy::PortCounters {
-        self.proxy.counters().pop().expect("the port is published").1
+    fn counters(&self) -> PortCounters {
+        let udp = |counters: &PortCounters| counters.protocol == "udp";
+        self.proxy.counters().into_iter().map(|(_, counters)| counters).find(udp).expect("the port is published")
     }
 
     /// Says something, and takes the instance's answer to it.
