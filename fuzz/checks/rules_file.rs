@@ -20,6 +20,8 @@ pub fn check(text: &[u8]) {
             assert!(line <= 1 + text.iter().filter(|byte| **byte == b'\n').count(), "line {line} is past the end");
         }
         Err(SourceError::EmptyFile { .. }) => {}
+        // What is listed twice has a name to be found by.
+        Err(SourceError::Contradiction { what, .. }) => assert!(!what.ends_with(' '), "{what:?} names nothing"),
         Err(error) => panic!("an error of something else than the text: {error}"),
     }
 }

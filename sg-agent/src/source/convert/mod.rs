@@ -85,10 +85,10 @@ impl Facts {
     }
 }
 
-/// The first id under which there are different items.
+/// The first id under which there are different items. Items without one are left out, and told, one by one.
 fn twice<T>(items: &[T], id: impl Fn(&T) -> &String, are_same: impl Fn(&T, &T) -> bool) -> Option<&str> {
     let mut seen: BTreeMap<&str, &T> = BTreeMap::new();
-    items.iter().find_map(|item| {
+    items.iter().filter(|item| !id(item).is_empty()).find_map(|item| {
         let first = seen.insert(id(item), item)?;
         (!are_same(first, item)).then(|| id(item).as_str())
     })

@@ -61,6 +61,12 @@ fn the_same_group_twice_is_once_and_two_contents_are_refused() {
     let lists = vec![prefix_list("pl-1", &["10.0.0.0/8"]), prefix_list("pl-1", &["0.0.0.0/0"])];
     let facts = Facts { prefix_lists: lists, ..Facts::default() };
     assert_eq!(facts.contradiction().as_deref(), Some("prefix list pl-1"));
+    // What has no id contradicts nothing: it is left out, and that is told.
+    let nameless = |name: &str| wire::SecurityGroup { id: String::new(), ..group("sg-1", name) };
+    let facts = Facts { groups: vec![nameless("one"), nameless("other")], ..Facts::default() };
+    assert_eq!(facts.contradiction(), None);
+    let inventory = facts.inventory(EMULATOR);
+    assert!(inventory.groups.is_empty() && !inventory.warnings.is_empty(), "{inventory:?}");
 }
 
 #[test]
