@@ -12,6 +12,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Commits that the test may leave unheard before the gateway notices.
+const ROOM: usize = 8;
 const AUTH: &str = "Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/ec2/aws4_request\r\n";
 const FORM: &str = "Content-Type: application/x-www-form-urlencoded; charset=utf-8\r\n";
 
@@ -32,7 +34,7 @@ impl Drop for Stage {
 async fn stage(commit_timeout: Duration) -> Stage {
     let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}/", upstream.local_addr().unwrap());
-    let (tell, commits) = mpsc::channel(8);
+    let (tell, commits) = mpsc::channel(ROOM);
     let shutdown = CancellationToken::new();
     let options = Options { address: Some("127.0.0.1:0".parse().unwrap()), commit_timeout };
     let gateway = Gateway::start(&options, &endpoint, tell, shutdown.clone()).await.unwrap();
@@ -302,6 +304,21 @@ async fn an_answer_whose_commit_takes_too_long_says_so() {
     assert!(commit.reply.is_closed(), "whoever commits can see that nobody waits");
     let status = stage.gateway.status();
     assert_eq!((status.committed, status.failed, status.late), (0, 0, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_that_nobody_had_time_to_hear_of_is_heard_of_later() {
+    let mut stage = stage(Duration::from_millis(50)).await;
+    // Two more than the channel holds.
+    for _ in 0..ROOM + 2 {
+        let (mut client, mut server, _) = stage.passes(&change("RunInstances"), b"2016-11-15").await;
+        server.say(OK).await;
+        let (lines, _) = head_of(&client.hear(b"ok").await).clone_parts();
+        assert!(lines.contains(&"x-sg-agent-commit: late".to_owned()), "{lines:?}");
+    }
+    for _ in 0..ROOM + 2 {
+        assert!(within(stage.commits.recv()).await.unwrap().reply.is_closed());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

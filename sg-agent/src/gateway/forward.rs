@@ -158,10 +158,13 @@ impl Forwarder {
         let (reply, told) = oneshot::channel();
         let Asked { modified, rebooted } = done;
         let commit = Commit { whom, asked: Instant::now(), modified, rebooted, extent, reply };
-        let ended = || Uncommitted::Failed("the agent is shutting down".to_owned());
+        // In a task of its own: a change that is answered late, because nobody had time to hear of it, is heard of all the
+        // same. It is what makes the rules stale, and what it modified may be told by nobody else.
+        let commits = self.commits.clone();
+        tokio::spawn(async move { commits.send(commit).await });
         let committed = async {
-            self.commits.send(commit).await.map_err(|_| ended())?;
-            told.await.map_err(|_| ended())?.map_err(Uncommitted::Failed)
+            let ended = |_| Uncommitted::Failed("the agent is shutting down".to_owned());
+            told.await.map_err(ended)?.map_err(Uncommitted::Failed)
         };
         tokio::time::timeout(self.commit_timeout, committed).await.unwrap_or(Err(Uncommitted::Late))
     }
