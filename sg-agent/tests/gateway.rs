@@ -343,7 +343,7 @@ async fn an_endpoint_that_does_not_answer_is_502_and_still_read_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_is_too_long_to_be_held_is_502_after_its_commit() {
+async fn an_answer_that_is_too_long_to_be_held_is_507_after_its_commit() {
     const LENGTH: usize = 65 << 20;
     let mut stage = stage(PATIENCE).await;
     let (mut client, mut server, _) = stage.passes(&change("RunInstances"), b"2016-11-15").await;
@@ -356,7 +356,7 @@ async fn an_answer_that_is_too_long_to_be_held_is_502_after_its_commit() {
     client.has_nothing().await;
     commit.reply.send(Ok(())).unwrap();
     let (lines, body) = head_of(&client.hear(b"changed\n").await).clone_parts();
-    assert_eq!(lines[0], "HTTP/1.1 502 Bad Gateway");
+    assert_eq!(lines[0], "HTTP/1.1 507 Insufficient Storage");
     assert!(String::from_utf8(body).unwrap().contains("longer than 64 MiB"));
     let status = stage.gateway.status();
     assert_eq!((status.committed, status.unanswered), (1, 1));

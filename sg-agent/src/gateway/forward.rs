@@ -176,7 +176,8 @@ impl Forwarder {
         self.broken(&failure.to_string())
     }
 
-    /// An answer that has ended, but can't be passed on: what the call did is committed nevertheless.
+    /// An answer that has ended, but can't be passed on: what the call did is committed nevertheless. Not a 502, which the
+    /// AWS SDKs answer by the same call once more.
     fn unheld(&self, unheld: &Unheld) -> Response<Body> {
         if let Unheld::Broken(reason) = unheld {
             return self.broken(reason);
@@ -185,7 +186,7 @@ impl Forwarder {
         let endpoint = self.endpoint();
         tracing::warn!(endpoint, "the answer to a change isn't passed on: {unheld}");
         let line = format!("sg-agent's gateway: {endpoint} has done it, but {unheld}; ask it what has changed");
-        told(StatusCode::BAD_GATEWAY, line)
+        told(StatusCode::INSUFFICIENT_STORAGE, line)
     }
 
     fn broken(&self, reason: &str) -> Response<Body> {
