@@ -78,7 +78,7 @@ impl Page<'_> {
 
 fn agent(page: &mut Page, status: &Status) -> fmt::Result {
     let version = vec![("version", status.version.clone())];
-    page.family("build", "The agent's version", [(version, ConstGauge::new(1_u64))])?;
+    page.family("build_info", "The agent's version", [(version, ConstGauge::new(1_u64))])?;
     page.gauge("enforced", "1 if what is desired is enforced", status.enforced.into())?;
     page.gauge("problems", "What stands in the way, if it isn't", status.problems.len() as u64)?;
     page.gauge("warnings", "What is enforced otherwise than expected", status.warnings.len() as u64)?;
@@ -258,7 +258,7 @@ mod tests {
     fn figures_have_their_subjects() {
         let text = text(status());
         for line in [
-            "sg_agent_build{version=\"1.2.3\"} 1",
+            "sg_agent_build_info{version=\"1.2.3\"} 1",
             "sg_agent_enforced 0",
             "sg_agent_refused_changes_total 2",
             "sg_agent_repairs_total{kind=\"map_altered\"} 4",

@@ -192,7 +192,7 @@ impl Status {
                 _ => (0, 0),
             };
             let mut by_direction: BTreeMap<String, BTreeMap<String, Counter>> = BTreeMap::new();
-            for (&(_, direction, reason), &count) in counters.iter().filter(|((eni, ..), _)| *eni == entry.eni) {
+            for (&(_, direction, reason), &count) in counters.range((entry.eni, 0, 0)..=(entry.eni, u8::MAX, u8::MAX)) {
                 let is_ingress = direction == Direction::Ingress as u8;
                 let direction = if is_ingress { Direction::Ingress } else { Direction::Egress };
                 let by_reason = by_direction.entry(direction.name().into()).or_default();

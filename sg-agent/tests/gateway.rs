@@ -12,6 +12,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Commits that the test may leave unheard before the gateway notices.
+const ROOM: usize = 8;
 const AUTH: &str = "Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/ec2/aws4_request\r\n";
 const FORM: &str = "Content-Type: application/x-www-form-urlencoded; charset=utf-8\r\n";
 
@@ -32,7 +34,7 @@ impl Drop for Stage {
 async fn stage(commit_timeout: Duration) -> Stage {
     let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}/", upstream.local_addr().unwrap());
-    let (tell, commits) = mpsc::channel(8);
+    let (tell, commits) = mpsc::channel(ROOM);
     let shutdown = CancellationToken::new();
     let options = Options { address: Some("127.0.0.1:0".parse().unwrap()), commit_timeout };
     let gateway = Gateway::start(&options, &endpoint, tell, shutdown.clone()).await.unwrap();
@@ -305,6 +307,21 @@ async fn an_answer_whose_commit_takes_too_long_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_change_that_nobody_had_time_to_hear_of_is_heard_of_later() {
+    let mut stage = stage(Duration::from_millis(50)).await;
+    // Two more than the channel holds.
+    for _ in 0..ROOM + 2 {
+        let (mut client, mut server, _) = stage.passes(&change("RunInstances"), b"2016-11-15").await;
+        server.say(OK).await;
+        let (lines, _) = head_of(&client.hear(b"ok").await).clone_parts();
+        assert!(lines.contains(&"x-sg-agent-commit: late".to_owned()), "{lines:?}");
+    }
+    for _ in 0..ROOM + 2 {
+        assert!(within(stage.commits.recv()).await.unwrap().reply.is_closed());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_endpoint_that_does_not_answer_is_502_and_still_read_anew() {
     let mut stage = stage(PATIENCE).await;
     // It hangs up in the middle of a change, which may have happened.
@@ -326,7 +343,7 @@ async fn an_endpoint_that_does_not_answer_is_502_and_still_read_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_is_too_long_to_be_held_is_502_after_its_commit() {
+async fn an_answer_that_is_too_long_to_be_held_is_507_after_its_commit() {
     const LENGTH: usize = 65 << 20;
     let mut stage = stage(PATIENCE).await;
     let (mut client, mut server, _) = stage.passes(&change("RunInstances"), b"2016-11-15").await;
@@ -339,7 +356,7 @@ async fn an_answer_that_is_too_long_to_be_held_is_502_after_its_commit() {
     client.has_nothing().await;
     commit.reply.send(Ok(())).unwrap();
     let (lines, body) = head_of(&client.hear(b"changed\n").await).clone_parts();
-    assert_eq!(lines[0], "HTTP/1.1 502 Bad Gateway");
+    assert_eq!(lines[0], "HTTP/1.1 507 Insufficient Storage");
     assert!(String::from_utf8(body).unwrap().contains("longer than 64 MiB"));
     let status = stage.gateway.status();
     assert_eq!((status.committed, status.unanswered), (1, 1));

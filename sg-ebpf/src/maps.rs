@@ -54,7 +54,8 @@ static FRAGMENTS: HashMap<FragmentSlot, Fragment> = HashMap::with_max_entries(MA
 /// last place free both take it: an interface may have as many flows too many as there are CPUs.
 #[map]
 static TRACKED: Array<i64> = Array::with_max_entries(MAX_INTERFACES, 0);
-/// The packet being judged on this CPU.
+/// The packet being judged on this CPU. Here and below: programs run with bottom halves off, so none interrupts another on
+/// its CPU; the agent doesn't load them into a kernel where that isn't so (`is_preemptible` in its `datapath`).
 #[map]
 static PACKET: PerCpuArray<Packet> = PerCpuArray::with_max_entries(1, 0);
 /// The answer that is being written on this CPU.

@@ -3,7 +3,7 @@
 
 mod world;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use sg_agent::apply::{Applier, ApplyError};
@@ -36,7 +36,7 @@ pub struct Lab {
     resolver: Resolver,
     world: World,
     attachments: Vec<Attachment>,
-    counters: HashMap<(u32, u8, u8), Count>,
+    counters: BTreeMap<(u32, u8, u8), Count>,
     reference: Reference,
     config: Config,
     /// The programs' time. It stands still but for [`Lab::advance`], or how slow a machine is would decide about flows.
@@ -75,7 +75,7 @@ impl Lab {
             resolver: Resolver::new(settings),
             world: World::from([(scope(), world::inventory())]),
             attachments,
-            counters: HashMap::new(),
+            counters: BTreeMap::new(),
             reference: Reference::new(config),
             config,
             // Ahead of the machine's clock for as long as any test takes.
@@ -256,7 +256,7 @@ impl Lab {
         datapath.run(direction, ifindex, self.mark, frame).expect("a frame that the kernel runs")
     }
 
-    fn count(&self) -> HashMap<(u32, u8, u8), Count> {
+    fn count(&self) -> BTreeMap<(u32, u8, u8), Count> {
         let mut enis: Vec<u32> = self.reference.interfaces.values().map(|interface| interface.eni).collect();
         enis.sort_unstable();
         enis.dedup();

@@ -53,11 +53,7 @@ impl Applier {
         let ports: BTreeSet<&proxy::Published> = sockets.values().map(|(port, _)| port).collect();
         check("published ports", ports.len(), abi::MAX_PUBLISHED_PORTS)?;
         let failed = |map| move |error| DatapathError::Write { map, error };
-        let gone: Vec<_> = self.published.written.keys().filter(|key| !sockets.contains_key(key)).copied().collect();
-        for key in gone {
-            absent_is_fine(self.maps.published.remove(&key)).map_err(failed("PUBLISHED"))?;
-            self.published.written.remove(&key);
-        }
+        self.unpublish(|key| !sockets.contains_key(key))?;
         let gone: Vec<_> = self.published.numbers.keys().filter(|port| !ports.contains(port)).cloned().collect();
         for port in gone {
             self.published.free.give(self.published.numbers.remove(&port).expect("a key of this map"));
@@ -81,6 +77,25 @@ impl Applier {
                 self.maps.published.insert(key, entry, 0).map_err(failed("PUBLISHED"))?;
                 self.published.written.insert(*key, entry);
             }
+        }
+        Ok(())
+    }
+
+    /// Leaves every client to the proxy, until [`Self::publish`]. Programs and counts stay: a network card may stop for a
+    /// moment when it gets another program.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn pause(&mut self) -> Result<(), ApplyError> {
+        self.unpublish(|_| true)
+    }
+
+    fn unpublish(&mut self, is_gone: impl Fn(&PublishedKey) -> bool) -> Result<(), ApplyError> {
+        let gone: Vec<_> = self.published.written.keys().filter(|key| is_gone(key)).copied().collect();
+        for key in gone {
+            let removed = absent_is_fine(self.maps.published.remove(&key));
+            removed.map_err(|error| DatapathError::Write { map: "PUBLISHED", error })?;
+            self.published.written.remove(&key);
         }
         Ok(())
     }

@@ -35,9 +35,9 @@ struct Waiting {
 enum Standing {
     /// One of them is still to come.
     Unread,
-    /// All are done.
+    /// All have succeeded.
     Read,
-    /// One failed.
+    /// All are done, and one failed.
     Failed(String),
 }
 
@@ -127,20 +127,23 @@ impl Commits {
 /// A source that is no longer read, since nothing here is of it, needs no waiting for. Groups that are still to be read,
 /// whoever's they are, may be what a changed rule refers to.
 fn standing(waiting: &Waiting, pollers: &BTreeMap<Hint, Poller>) -> Standing {
-    let mut standing = Standing::Read;
+    let (mut is_unread, mut failed) = (false, None);
     for (hint, poller) in pollers {
         let is_read = !waiting.hints.contains(hint) || is_read(poller, waiting.subject, waiting.asked);
         if is_read && poller.unread_groups().is_empty() {
             continue;
         }
         match poller.error() {
-            Some(error) if poller.last_attempt().is_some_and(|tried| tried >= waiting.asked) => {
-                return Standing::Failed(error);
-            }
-            _ => standing = Standing::Unread,
+            Some(error) if poller.last_attempt().is_some_and(|tried| tried >= waiting.asked) => failed = Some(error),
+            _ => is_unread = true,
         }
     }
-    standing
+    match failed {
+        // A source that fails doesn't make up for another: what that says may be what somebody is judged by.
+        _ if is_unread => Standing::Unread,
+        Some(reason) => Standing::Failed(reason),
+        None => Standing::Read,
+    }
 }
 
 fn is_read(poller: &Poller, subject: Subject, asked: Instant) -> bool {
@@ -227,6 +230,20 @@ mod tests {
         pollers.get_mut(&hint("1")).unwrap().has_read(later, Extent::Enforced);
         commits.serve(&pollers, Some(&"no room".to_owned()));
         assert_eq!(after.await, Ok(Err("no room".to_owned())), "read, and not enforced");
+    }
+
+    #[tokio::test]
+    async fn a_source_that_fails_ends_nobody_s_wait_for_another() {
+        let (mut commits, mut pollers) = (Commits::default(), pollers());
+        let asked = Instant::now();
+        let (reply, mut told) = oneshot::channel();
+        commits.wait(asked, Subject::Nothing, [hint("1"), hint("2")].into(), reply);
+        pollers.get_mut(&hint("1")).unwrap().has_failed(asked);
+        commits.serve(&pollers, None);
+        assert!(told.try_recv().is_err(), "the other is still to come");
+        pollers.get_mut(&hint("2")).unwrap().has_read(asked, Extent::Enforced);
+        commits.serve(&pollers, None);
+        assert!(matches!(told.await, Ok(Err(reason)) if reason.contains("it is out")));
     }
 
     #[tokio::test]

@@ -21,16 +21,18 @@ impl Daemon {
     /// Has programs judge clients of published ports before their handshake, at the sockets that are open now.
     fn drop_early(&mut self) -> Vec<Warning> {
         let (host, mut listening) = (&self.view.discovered.host_links, self.proxy.listening());
-        // Who comes while rules are stale has them read anew, which takes the proxy.
-        self.early_is_stale = *self.freshness.borrow();
-        if self.early_is_stale {
-            listening.clear();
-        }
         // Whose packets come from a balancer only its header tells.
         listening.retain(|socket| !self.trusts_balancers || socket.published.transport == proxy::Transport::Udp);
         let (links, mut warnings) = self.early_drop.links(host, &listening);
-        let sockets = early::sockets(&listening, host, &self.applier.snapshot(), self.deny);
-        if let Err(error) = self.applier.publish(&sockets) {
+        self.early_is_stale = *self.freshness.borrow();
+        let published = if self.early_is_stale {
+            // Who comes while rules are stale has them read anew, which takes the proxy.
+            self.applier.pause()
+        } else {
+            let sockets = early::sockets(&listening, host, &self.applier.snapshot(), self.deny);
+            self.applier.publish(&sockets)
+        };
+        if let Err(error) = published {
             let problem = format!("denied clients are reset after their handshake: {error}");
             warnings.push(Warning { subject: "published ports".into(), problem });
         }

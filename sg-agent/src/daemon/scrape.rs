@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use http::{Method, Request, Response, StatusCode, header};
@@ -11,9 +11,9 @@ use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::{Event, Reply, control};
@@ -22,8 +22,11 @@ use crate::metrics;
 /// Scrapers at the same time; more wait.
 const CONNECTIONS: usize = 16;
 
-/// How long a scraper may take to ask, also the second time.
-const LONGEST_HEAD: Duration = Duration::from_secs(60);
+/// How long a scraper may take, from its connect to the last byte that it reads.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// How old a page may be. Anybody who reaches the address may ask, and a status takes the daemon's one task some time.
+const OLDEST: Duration = Duration::from_secs(1);
 
 /// Listens until shut down.
 ///
@@ -35,6 +38,7 @@ pub(super) async fn serve(address: SocketAddr, events: mpsc::Sender<Event>, shut
         .with_context(|| format!("cannot listen on {address} for --metrics; name another address"))?;
     tracing::info!("metrics are at http://{}/metrics", listener.local_addr()?);
     let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let pages = Arc::new(Pages { events, last: Mutex::default() });
     tokio::spawn(shutdown.run_until_cancelled_owned(async move {
         loop {
             let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
@@ -46,13 +50,17 @@ pub(super) async fn serve(address: SocketAddr, events: mpsc::Sender<Event>, shut
                     continue;
                 }
             };
-            let events = events.clone();
+            let pages = Arc::clone(&pages);
             tokio::spawn(async move {
-                let service = service_fn(|request| answer(request, &events));
+                let service = service_fn(|request| answer(request, &pages));
                 let mut protocol = http1::Builder::new();
-                protocol.timer(TokioTimer::new()).header_read_timeout(LONGEST_HEAD);
-                if let Err(error) = protocol.serve_connection(TokioIo::new(stream), service).await {
-                    tracing::debug!(%error, "a scraper is gone");
+                // One request a connection, so that what is slow about it has one bound.
+                protocol.keep_alive(false);
+                let serving = protocol.serve_connection(TokioIo::new(stream), service);
+                match tokio::time::timeout(LONGEST, serving).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => tracing::debug!(%error, "a scraper is gone"),
+                    Err(_) => tracing::debug!("a scraper takes longer than {LONGEST:?}"),
                 }
                 drop(place);
             });
@@ -61,9 +69,9 @@ pub(super) async fn serve(address: SocketAddr, events: mpsc::Sender<Event>, shut
     Ok(())
 }
 
-async fn answer(request: Request<Incoming>, events: &mpsc::Sender<Event>) -> Result<Response<Full<Bytes>>, Infallible> {
+async fn answer(request: Request<Incoming>, pages: &Pages) -> Result<Response<Full<Bytes>>, Infallible> {
     let (status, kind, text) = match (request.method(), request.uri().path()) {
-        (&Method::GET, "/metrics") => match figures(events).await {
+        (&Method::GET, "/metrics") => match pages.figures().await {
             Some(text) => (StatusCode::OK, metrics::CONTENT_TYPE, text),
             None => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", "the agent is shutting down\n".into()),
         },
@@ -76,12 +84,26 @@ async fn answer(request: Request<Incoming>, events: &mpsc::Sender<Event>) -> Res
     Ok(response)
 }
 
-/// `None` at the agent's end.
-async fn figures(events: &mpsc::Sender<Event>) -> Option<String> {
-    let (tell, told) = oneshot::channel();
-    events.send(Event::Asked(control::Request::Status, tell)).await.ok()?;
-    match told.await.ok()? {
-        Reply::Status(status) => Some(metrics::text(*status)),
-        _ => None,
+/// Whom to ask for figures, and those that were told last.
+struct Pages {
+    events: mpsc::Sender<Event>,
+    last: Mutex<Option<(Instant, Bytes)>>,
+}
+
+impl Pages {
+    /// `None` at the agent's end.
+    async fn figures(&self) -> Option<Bytes> {
+        // Held while the daemon is asked: who comes meanwhile gets the same.
+        let mut last = self.last.lock().await;
+        if let Some((_, page)) = last.as_ref().filter(|(asked, _)| asked.elapsed() < OLDEST) {
+            return Some(page.clone());
+        }
+        let asked = Instant::now();
+        let (tell, told) = oneshot::channel();
+        self.events.send(Event::Asked(control::Request::Status, tell)).await.ok()?;
+        let Reply::Status(status) = told.await.ok()? else { return None };
+        let page = Bytes::from(metrics::text(*status));
+        *last = Some((asked, page.clone()));
+        Some(page)
     }
 }

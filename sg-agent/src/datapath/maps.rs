@@ -1,6 +1,6 @@
 //! The maps by their types. Writing rules through them is `apply`'s alone.
 
-use std::collections::HashMap as Table;
+use std::collections::BTreeMap;
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::LpmTrie;
@@ -117,8 +117,8 @@ impl Maps {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn counters(&self, enis: &[u32]) -> Result<Table<(u32, u8, u8), Count>, MapError> {
-        let mut counters = Table::new();
+    pub fn counters(&self, enis: &[u32]) -> Result<BTreeMap<(u32, u8, u8), Count>, MapError> {
+        let mut counters = BTreeMap::new();
         for key in self.reasons.keys() {
             let key = key?;
             // An entry that went meanwhile counts nothing.

@@ -34,6 +34,7 @@ use aya::maps::IterableMap;
 use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use nix::fcntl::Flock;
+use nix::sys::utsname::uname;
 use sg_common::abi::{self, Config, Direction};
 
 /// The programs' object file, built by `cargo xtask build` and put into the executable.
@@ -52,6 +53,9 @@ pub enum DatapathError {
         "cannot tell where the kernel keeps a packet's checksum: {0}; sg-agent needs a kernel with CONFIG_DEBUG_INFO_BTF"
     )]
     Btf(std::io::Error),
+    /// Programs would interrupt each other on a CPU, in the middle of a packet.
+    #[error("this kernel is built with PREEMPT_RT, where programs interrupt each other; boot one without")]
+    Preemptible,
     /// The verifier refused a program.
     #[error("cannot load the eBPF program '{program}': {error}")]
     Program {
@@ -142,6 +146,9 @@ impl Datapath {
     /// # Errors
     /// Those of loading and of bpffs; nothing that is attached has been touched then.
     pub fn load(config: &Config, pins: Option<Pins>, log_drops: bool) -> Result<(Self, Maps), DatapathError> {
+        if is_preemptible() {
+            return Err(DatapathError::Preemptible);
+        }
         let mut loader = EbpfLoader::new();
         let level = if log_drops { drops::LEVEL } else { 0 };
         loader.override_global(aya_log::LEVEL, &level, true);
@@ -243,6 +250,13 @@ fn program_name(direction: Direction) -> &'static str {
         Direction::Ingress => "to_instance",
         Direction::Egress => "from_instance",
     }
+}
+
+/// Whether programs can interrupt each other on a CPU. They keep the packet that they judge, and what they answer, in a place
+/// of their CPU's: with bottom halves off no other program runs there meanwhile, but where the kernel is built with
+/// PREEMPT_RT (and without PREEMPT_RT_NEEDS_BH_LOCK; kernel commit 3253cb49cbad). Where it doesn't say, it may be.
+fn is_preemptible() -> bool {
+    uname().map_or(true, |kernel| kernel.version().to_string_lossy().contains("PREEMPT_RT"))
 }
 
 fn classifier(ebpf: &mut Ebpf, direction: Direction) -> Result<&mut SchedClassifier, DatapathError> {

@@ -158,10 +158,13 @@ impl Forwarder {
         let (reply, told) = oneshot::channel();
         let Asked { modified, rebooted } = done;
         let commit = Commit { whom, asked: Instant::now(), modified, rebooted, extent, reply };
-        let ended = || Uncommitted::Failed("the agent is shutting down".to_owned());
+        // In a task of its own: a change that is answered late, because nobody had time to hear of it, is heard of all the
+        // same. It is what makes the rules stale, and what it modified may be told by nobody else.
+        let commits = self.commits.clone();
+        tokio::spawn(async move { commits.send(commit).await });
         let committed = async {
-            self.commits.send(commit).await.map_err(|_| ended())?;
-            told.await.map_err(|_| ended())?.map_err(Uncommitted::Failed)
+            let ended = |_| Uncommitted::Failed("the agent is shutting down".to_owned());
+            told.await.map_err(ended)?.map_err(Uncommitted::Failed)
         };
         tokio::time::timeout(self.commit_timeout, committed).await.unwrap_or(Err(Uncommitted::Late))
     }
@@ -173,7 +176,8 @@ impl Forwarder {
         self.broken(&failure.to_string())
     }
 
-    /// An answer that has ended, but can't be passed on: what the call did is committed nevertheless.
+    /// An answer that has ended, but can't be passed on: what the call did is committed nevertheless. Not a 502, which the
+    /// AWS SDKs answer by the same call once more.
     fn unheld(&self, unheld: &Unheld) -> Response<Body> {
         if let Unheld::Broken(reason) = unheld {
             return self.broken(reason);
@@ -182,7 +186,7 @@ impl Forwarder {
         let endpoint = self.endpoint();
         tracing::warn!(endpoint, "the answer to a change isn't passed on: {unheld}");
         let line = format!("sg-agent's gateway: {endpoint} has done it, but {unheld}; ask it what has changed");
-        told(StatusCode::BAD_GATEWAY, line)
+        told(StatusCode::INSUFFICIENT_STORAGE, line)
     }
 
     fn broken(&self, reason: &str) -> Response<Body> {

@@ -151,7 +151,7 @@ pub struct GatewayStatus {
     pub failed: u64,
     /// Changes whose commit took longer than `--commit-timeout`.
     pub late: u64,
-    /// Requests that the endpoint didn't answer: the client got 502.
+    /// Requests that the endpoint didn't answer, and answers that weren't passed on: the client got 502, or 507.
     pub unanswered: u64,
 }
 

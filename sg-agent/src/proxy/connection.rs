@@ -63,7 +63,7 @@ pub struct Port {
 pub(super) enum Refusal {
     #[error("the instance is not attached")]
     Gone,
-    #[error("the endpoint was not read since the client came (--live=endpoint)")]
+    #[error("no rules are in force that were read since the client came (--live=endpoint)")]
     Unanswered,
     #[error("{}", .0.name())]
     Denied(Drop),

@@ -185,7 +185,8 @@ impl Proxy {
         self
     }
 
-    /// How many connections all ports have at once, half of them flows of datagrams at most. For ports that are opened from now on.
+    /// How many connections all ports have at once, half of them flows of datagrams at most. For ports that are opened from
+    /// now on.
     #[must_use]
     pub fn most_connections(mut self, most: usize) -> Self {
         self.most = most.min(Semaphore::MAX_PERMITS);

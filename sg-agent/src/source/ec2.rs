@@ -394,7 +394,7 @@ impl Ec2 {
                 let printed = convert::groups(&interface.groups);
                 if quirks::union_suspects(primary, &of_instance, &printed) {
                     own.insert(interface.id.clone(), BTreeSet::new());
-                    to_ask.extend(printed);
+                    to_ask.extend(printed.into_iter().filter(|group| !group.0.is_empty()));
                 }
             }
         }

@@ -123,6 +123,22 @@ fn a_change_of_rules_needs_no_other_write() {
 }
 
 #[test]
+fn a_pause_leaves_all_to_the_proxy_and_counts_go_on() {
+    isolated(|| {
+        let mut lab = Lab::new("in none");
+        let port = Published::from("i-b:32022=22".parse::<PublishSpec>().expect("a published port"));
+        publish(&mut lab, Deny::Drop);
+        check(&mut lab, &syn(X, true), SHOT);
+        lab.applier().pause().expect("a map that can be written");
+        check(&mut lab, &syn(X, true), NEXT);
+        assert_eq!(lab.applier().denied(&port), 2, "by one program and the other");
+        publish(&mut lab, Deny::Drop);
+        check(&mut lab, &syn(X, true), SHOT);
+        assert_eq!(lab.applier().denied(&port), 4);
+    });
+}
+
+#[test]
 fn only_what_begins_at_a_published_port_is_touched() {
     isolated(|| {
         let mut lab = Lab::new("in none");

@@ -131,7 +131,8 @@ fn eni(
             ),
         );
     }
-    let printed = own_groups.filter(|_| !primary).cloned().unwrap_or(printed);
+    // Every interface has a group: one that none of its own lists has got others since it was printed.
+    let printed = own_groups.filter(|own| !primary && !own.is_empty()).cloned().unwrap_or(printed);
     Eni {
         id: wire.id.as_str().into(),
         device_index,
@@ -207,8 +208,9 @@ pub(in super::super) fn is_terminated(state: &wire::InstanceState) -> bool {
     state.name == "terminated" || matches!(number(&state.code), Ok(Some(TERMINATED)))
 }
 
+/// One without an id is no group that there is, which isn't the same as none: that may allow everything (SG-2.5).
 pub(in super::super) fn groups(list: &wire::List<wire::GroupRef>) -> BTreeSet<GroupId> {
-    list.iter().filter(|group| !group.id.is_empty()).map(|group| group.id.as_str().into()).collect()
+    list.iter().map(|group| group.id.as_str().into()).collect()
 }
 
 fn ids(groups: &BTreeSet<GroupId>) -> String {

@@ -18,7 +18,7 @@ impl Surroundings {
         let live = || live_instances(reservations);
         let interfaces = || live().flat_map(|instance| &instance.interfaces);
         Self {
-            groups: live().flat_map(all_groups).map(|id| id.to_string()).collect(),
+            groups: live().flat_map(all_groups).map(|id| id.to_string()).filter(|id| !id.is_empty()).collect(),
             subnets: interfaces().filter_map(|interface| interface.subnet.clone()).collect(),
             vpcs: interfaces().filter_map(|interface| interface.vpc.clone()).collect(),
         }

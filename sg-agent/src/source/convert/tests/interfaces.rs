@@ -90,6 +90,21 @@ fn a_secondary_interface_has_its_own_groups_where_they_were_asked_for() {
     let eni = |own| facts(own).inventory(EMULATOR).enis[&"eni-2".into()].groups.clone();
     assert_eq!(eni(BTreeMap::new()), ids(&["sg-a", "sg-b"]));
     assert_eq!(eni([("eni-2".to_owned(), ids(&["sg-b"]))].into()), ids(&["sg-b"]));
+    // It was moved to other groups between the two answers: never to none, which may allow everything.
+    assert_eq!(eni([("eni-2".to_owned(), ids(&[]))].into()), ids(&["sg-a", "sg-b"]));
+}
+
+#[test]
+fn a_group_without_an_id_is_not_no_group() {
+    let body = b"<DescribeInstancesResponse><reservationSet><item><instancesSet><item><instanceId>i-1</instanceId>\
+        <groupSet><item><groupName>web</groupName></item></groupSet></item></instancesSet></item></reservationSet>\
+        </DescribeInstancesResponse>";
+    let inventory = instances(body);
+    assert_eq!(
+        inventory.enis[&"eni-i-1".into()].groups,
+        ids(&[""]),
+        "it allows nothing, as any group that isn't there"
+    );
 }
 
 #[test]
