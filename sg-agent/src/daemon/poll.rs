@@ -22,6 +22,10 @@ use crate::status::SourceStatus;
 /// How often a rules file is looked at: reading its metadata costs microseconds.
 const FILE_INTERVAL: Duration = Duration::from_millis(200);
 
+/// The pause after a read that failed, whoever hurries: clients of published ports would have a dead endpoint asked
+/// without end.
+const AFTER_FAILURE: Duration = Duration::from_millis(100);
+
 /// One read of a source.
 pub struct Polled {
     /// Which source.
@@ -92,6 +96,7 @@ impl Poller {
                 let wanted = Wanted { extent, ..asked_for.clone() };
                 let result = ec2.inventory(&wanted).await.map(|inventory| (ec2.scope().clone(), inventory));
                 pace.note(began, began.elapsed(), is_poll, result.is_ok());
+                let has_failed = result.is_err();
                 let is_complete = asked != 0 || result.is_err() || !ec2.lacks_ids();
                 let polled = Box::new(Polled { hint: hint.clone(), began, asked_for, extent, result });
                 if events.send(Event::Polled(polled)).await.is_err() {
@@ -101,6 +106,9 @@ impl Poller {
                     // What has changed is enforced; what only people look at comes after.
                     asking.fetch_or(bit(Extent::Everything), Release);
                     continue;
+                }
+                if has_failed {
+                    tokio::time::sleep(AFTER_FAILURE).await;
                 }
                 tokio::select! {
                     () = tokio::time::sleep_until(pace.due().into()) => {}
