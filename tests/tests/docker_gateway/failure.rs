@@ -278,7 +278,7 @@ fn a_connection_to_a_published_port_has_stale_rules_read_anew() {
 fn a_connection_to_a_published_port_has_rules_read_anew_that_were_refused() {
     let mut stage = Stage::polling(Moto::shared(), "3600");
     let publish = format!("{}:203.0.113.1:2222=22", stage.id);
-    stage.agent.arguments(["--publish", &publish, "--fresh-timeout", "60", "--commit-timeout", "60"]);
+    stage.agent.arguments(["--publish", &publish, "--fresh-timeout", "60"]);
     let _servers = stage.servers();
     // One group more than an address can be in.
     let groups: Vec<String> = (0..17).map(|_| stage.moto.group()).collect();
