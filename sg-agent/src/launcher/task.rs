@@ -190,7 +190,7 @@ impl Launcher {
             let is_soon = |start: &Start| start.at.elapsed() < start.pause;
             let waits = self.failed.get(&instance).is_some_and(|failed| failed.again > Instant::now())
                 || (self.ended.contains(&instance) && self.starts.get(&instance).is_some_and(is_soon));
-            let is_old = self.has_started_since(&instance, picture.began);
+            let is_old = goal == Goal::Run && self.has_started_since(&instance, picture.began);
             if waits || is_old || self.workers.contains_key(&instance) {
                 continue;
             }
