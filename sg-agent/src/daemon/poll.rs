@@ -225,7 +225,7 @@ impl Poller {
             Ok((scope, inventory)) => {
                 self.told = None;
                 if self.error.take().is_some() {
-                    tracing::info!(source = %self.name, "answers again");
+                    tracing::info!("{}: answers again", self.name);
                 }
                 self.scope = scope.clone();
                 self.rules = Some(polled.began);

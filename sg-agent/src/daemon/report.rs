@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 
 use super::poll::Poller;
 use super::{Daemon, Reply};
-use crate::model::Warning;
+use crate::discovery::{Attachment, Origin};
+use crate::model::{InstanceId, Warning};
 use crate::status::{Report, Status};
 use crate::{explain, live, proxy};
 
@@ -28,10 +29,10 @@ impl Daemon {
     pub(super) fn tell(&mut self) {
         let now = self.warnings();
         for warning in now.difference(&self.told) {
-            tracing::warn!(subject = %warning.subject.escape_default(), "{}", warning.problem);
+            tracing::warn!("{}: {}", warning.subject.escape_default(), warning.problem);
         }
         for gone in self.told.difference(&now) {
-            tracing::info!(subject = %gone.subject.escape_default(), "no longer: {}", gone.problem);
+            tracing::info!("{}: no longer: {}", gone.subject.escape_default(), gone.problem);
         }
         self.told = now;
     }
@@ -40,9 +41,10 @@ impl Daemon {
         let snapshot = self.applier.snapshot();
         let mut warnings = snapshot.warnings.clone();
         // An instance that no poll has asked for yet isn't unknown, only new.
-        warnings.retain(|warning| !self.is_new(&warning.subject));
+        warnings.retain(|warning| !self.is_new(&warning.subject) && !self.is_leaving(&warning.subject));
         warnings.extend(self.view.discovered.warnings.iter().chain(&self.poller_warnings).cloned());
-        warnings.extend(self.proxy_warnings.iter().chain(&self.gateway_warning).cloned());
+        let by_proxy = self.proxy_warnings.iter().filter(|warning| !self.is_expected(&warning.subject));
+        warnings.extend(by_proxy.chain(&self.gateway_warning).cloned());
         warnings.extend(self.launched.iter().flat_map(|launched| launched.warnings.clone()));
         warnings
     }
@@ -52,6 +54,22 @@ impl Daemon {
             *attachment.instance.0 == *subject
                 && self.pollers.running.values().all(|poller| !poller.has_asked_for(&attachment.instance))
         })
+    }
+
+    /// Whether it is a terminated instance whose containers the launcher removes: it tells if it can't.
+    fn is_leaving(&self, subject: &str) -> bool {
+        let is_it = |instance: &InstanceId| *instance.0 == *subject;
+        let by_hand = |attachment: &Attachment| !matches!(attachment.origin, Origin::Docker { .. });
+        self.launched.as_ref().is_some_and(|launched| !launched.others.iter().any(is_it))
+            && !self.view.discovered.attachments.iter().any(|link| is_it(&link.instance) && by_hand(link))
+            && self.world.values().any(|inventory| inventory.terminated.iter().any(is_it))
+    }
+
+    /// Whether it is an instance that a port is published of, and not everything was looked at yet.
+    fn is_expected(&self, subject: &str) -> bool {
+        let is_unread = |poller: &Poller| poller.last_attempt().is_none();
+        (self.view.looked.is_none() || self.pollers.running.values().any(is_unread))
+            && self.flags.iter().any(|port| *port.instance.0 == *subject)
     }
 
     /// Answers those who wait for the desired state, once it is enforced.
@@ -71,8 +89,8 @@ impl Daemon {
             }
         }
         let errors = self.pollers.running.values().filter_map(Poller::error);
-        let problems: Vec<String> = self.problems().into_iter().chain(errors).chain(underway).collect();
-        self.desk.serve(since, problems);
+        let problems = self.problems().into_iter().chain(errors).chain(underway).collect();
+        self.desk.serve(since, distinct(problems));
     }
 
     /// What keeps the desired state from being the enforced one.
@@ -112,5 +130,31 @@ impl Daemon {
             repairs: self.repairs.counts(),
         };
         Status::new(&self.applier.snapshot(), self.applier.maps(), report)
+    }
+}
+
+/// Each problem once: the daemon and the launcher ask one endpoint, and one of them may know more of why it failed.
+fn distinct(problems: Vec<String>) -> Vec<String> {
+    let mut distinct: Vec<String> = Vec::new();
+    for problem in problems {
+        if !distinct.iter().any(|told| told.starts_with(&problem)) {
+            distinct.retain(|told| !problem.starts_with(told.as_str()));
+            distinct.push(problem);
+        }
+    }
+    distinct
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_problem_is_told_once_and_as_fully_as_it_is_known() {
+        let told = |problems: &[&str]| distinct(problems.iter().map(ToString::to_string).collect());
+        let (brief, full) = ("http://e can't be reached", "http://e can't be reached: refused");
+        assert_eq!(told(&[brief, brief]), [brief]);
+        assert_eq!(told(&[full, "link a is not enforced", brief]), [full, "link a is not enforced"]);
+        assert_eq!(told(&[brief, "link a is not enforced", full]), ["link a is not enforced", full]);
     }
 }

@@ -40,7 +40,7 @@ impl Repairs {
     }
 
     fn note(&mut self, repair: &Repair) {
-        tracing::warn!(subject = %repair.subject.escape_default(), "{}; put right", repair.problem);
+        tracing::warn!("{}: {}; put right", repair.subject.escape_default(), repair.problem);
         *self.counts.entry(repair.kind.to_owned()).or_default() += 1;
         self.recent.retain(|_, at| at.elapsed() < RECENT);
         let problem = format!("{}; it was put right", repair.problem);

@@ -1,8 +1,9 @@
-//! `--log-drops`: the programs' own log lines, with the reasons' names.
+//! `--log-drops`: the programs' own log lines, with the links' and the reasons' names.
 
 use aya::Ebpf;
 use aya_log::EbpfLogger;
 use log::{Log, Metadata, Record};
+use nix::net::if_::if_indextoname;
 use sg_common::verdict::Drop;
 use tokio::io::unix::AsyncFd;
 
@@ -23,7 +24,7 @@ pub fn follow(ebpf: &mut Ebpf) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes a reason's name where the program wrote its number.
+/// Writes names where the program wrote a link's index and a reason's number.
 struct Names;
 
 impl Log for Names {
@@ -32,18 +33,27 @@ impl Log for Names {
     }
 
     fn log(&self, record: &Record<'_>) {
-        tracing::info!("{}", named(&record.args().to_string()));
+        tracing::info!("{}", named(&record.args().to_string(), link));
     }
 
     fn flush(&self) {}
 }
 
-fn named(line: &str) -> String {
-    let parts = line.rsplit_once("reason ");
-    let name = parts.and_then(|(_, number)| Drop::from_number(number.trim().parse().ok()?)).map(Drop::name);
-    match (parts, name) {
-        (Some((head, _)), Some(name)) => format!("{head}{name}"),
-        _ => line.to_owned(),
+/// A link's name, while there is one; links of containers that were removed just now have none.
+fn link(ifindex: u32) -> Option<String> {
+    let name = if_indextoname(ifindex).ok()?;
+    Some(name.to_string_lossy().escape_default().to_string())
+}
+
+/// A line that is none of ours, or has numbers without names, stays as it is.
+fn named(line: &str, link: impl Fn(u32) -> Option<String>) -> String {
+    let Some((head, reason)) = line.rsplit_once("reason ") else { return line.to_owned() };
+    let name = reason.trim().parse().ok().and_then(Drop::from_number).map(Drop::name);
+    let reason = name.map_or_else(|| format!("reason {reason}"), str::to_owned);
+    let index = head.strip_prefix("link ").and_then(|rest| rest.split_once(' '));
+    match index.and_then(|(index, rest)| Some((link(index.parse().ok()?)?, rest))) {
+        Some((link, rest)) => format!("link {link} {rest}{reason}"),
+        None => format!("{head}{reason}"),
     }
 }
 
@@ -52,8 +62,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reasons_are_named() {
-        assert_eq!(named("link 7 ingress dropped: reason 32"), "link 7 ingress dropped: no_rule");
-        assert_eq!(named("link 7 ingress dropped: reason 250"), "link 7 ingress dropped: reason 250");
+    fn links_and_reasons_are_named() {
+        let named = |line| named(line, |index| (index == 7).then(|| "veth7".to_owned()));
+        assert_eq!(named("link 7 ingress dropped: reason 32"), "link veth7 ingress dropped: no_rule");
+        assert_eq!(named("link 7 ingress dropped: reason 250"), "link veth7 ingress dropped: reason 250");
+        assert_eq!(named("link 8 egress dropped: reason 32"), "link 8 egress dropped: no_rule", "it is gone");
+        assert_eq!(named("something else"), "something else");
     }
 }

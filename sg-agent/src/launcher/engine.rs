@@ -55,6 +55,18 @@ pub(super) struct Wire {
     pub(super) mac: [u8; 6],
 }
 
+/// User data that is ready to run.
+pub(super) struct Script {
+    container: String,
+    /// When the container was started.
+    start: Option<String>,
+    /// The id of what is to run.
+    exec: String,
+}
+
+/// Exit codes beyond are those of signals, as shells and Docker tell them: 128 and the signal's number.
+const SIGNALLED: i64 = 128;
+
 impl Engine {
     /// What there is; `deep` looks into namespaces too.
     pub(super) async fn look(&self, deep: bool) -> Result<Seen, Error> {
@@ -239,8 +251,9 @@ impl Engine {
         self.docker.upload_to_container(container, Some(options), body_full(archive.into())).await
     }
 
-    /// Readies the start of the script that was put there, of which nothing runs yet; the start's id.
-    pub(super) async fn ready_script(&self, container: &str) -> Result<String, Error> {
+    /// Readies the start of the script that was put there, of which nothing runs yet.
+    pub(super) async fn ready_script(&self, container: &str) -> Result<Script, Error> {
+        let start = self.last_start(container).await?;
         let command = CreateExecOptions {
             cmd: Some(files::RUN.to_vec()),
             user: Some("0"),
@@ -248,15 +261,17 @@ impl Engine {
             attach_stderr: Some(true),
             ..CreateExecOptions::default()
         };
-        Ok(self.docker.create_exec(container, command).await?.id)
+        let exec = self.docker.create_exec(container, command).await?.id;
+        Ok(Script { container: container.to_owned(), start, exec })
     }
 
     /// Starts it; what comes of it is logged.
-    pub(super) async fn start_script(&self, exec: String, instance: &InstanceId) -> Result<(), Error> {
+    pub(super) async fn start_script(&self, script: Script, instance: &InstanceId) -> Result<(), Error> {
+        let Script { container, start, exec } = script;
         let StartExecResults::Attached { mut output, .. } = self.docker.start_exec(&exec, None).await? else {
             return Ok(());
         };
-        let (docker, instance) = (self.docker.clone(), instance.clone());
+        let (engine, instance) = (self.clone(), instance.clone());
         tokio::spawn(async move {
             // The script's own output goes to a file; this is what kept it from starting.
             let mut said = String::new();
@@ -266,16 +281,43 @@ impl Engine {
                     said.truncate(said.char_indices().nth(200).map_or(said.len(), |(end, _)| end));
                 }
             }
-            let code = docker.inspect_exec(&exec).await.ok().and_then(|exec| exec.exit_code);
-            match code {
-                Some(0) => tracing::info!(%instance, "its user data has run"),
-                code => tracing::warn!(
-                    %instance, ?code, said = %said.escape_default(),
-                    "its user data failed; its output is in the instance's /{}", files::OUTPUT
-                ),
+            let code = engine.docker.inspect_exec(&exec).await.ok().and_then(|exec| exec.exit_code);
+            if code == Some(0) {
+                tracing::info!("{instance}: its user data has run");
+            } else if code.is_none_or(|code| code > SIGNALLED) && engine.has_ended(&container, start.as_ref()).await {
+                tracing::info!("{instance}: its user data ended with its container");
+            } else {
+                let code = code.map(|code| format!(" with exit code {code}")).unwrap_or_default();
+                let said = if said.is_empty() { said } else { format!(": {}", said.trim_end().escape_default()) };
+                tracing::warn!(
+                    "{instance}: its user data failed{code}{said}; its output is in the instance's /{}",
+                    files::OUTPUT
+                );
             }
         });
         Ok(())
+    }
+
+    /// When a container was started that runs; nothing of one that doesn't.
+    async fn last_start(&self, container: &str) -> Result<Option<String>, Error> {
+        let state = match self.docker.inspect_container(container, None).await {
+            Ok(inspected) => inspected.state,
+            Err(error) if is_absent(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let running = state.filter(|state| state.running == Some(true));
+        Ok(running.map(|state| state.started_at.unwrap_or_default()))
+    }
+
+    /// Whether a container has ended since that start. Docker may tell the end of what ran in it before its own.
+    async fn has_ended(&self, container: &str, start: Option<&String>) -> bool {
+        for _ in 0..10 {
+            if self.last_start(container).await.is_ok_and(|now| now.as_ref() != start) {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        false
     }
 
     /// Makes the holders' image.
@@ -289,7 +331,7 @@ impl Engine {
 
     /// Pulls an image.
     pub(super) async fn pull(&self, image: &str, tell: impl Fn(String)) -> Result<(), LaunchError> {
-        tracing::info!(image, "is not here: pulling it");
+        tracing::info!("image {image} is not here: pulling it");
         // Without a tag Docker would pull all of them.
         let name = image.rsplit('/').next().unwrap_or(image);
         let whole = if name.contains([':', '@']) { image.to_owned() } else { format!("{image}:latest") };
@@ -307,7 +349,7 @@ impl Engine {
                 tell(format!("pulling {image}: {} of {} MB", done / 1_000_000, all / 1_000_000));
             }
         }
-        tracing::info!(image, "is here now");
+        tracing::info!("image {image} is here now");
         Ok(())
     }
 

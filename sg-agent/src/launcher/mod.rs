@@ -20,6 +20,7 @@ mod ports;
 mod task;
 mod work;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -130,6 +131,8 @@ pub struct State {
     pub ports: Vec<PublishSpec>,
     /// What isn't done yet, for people.
     pub underway: Vec<String>,
+    /// Instances that somebody else's containers stand for.
+    pub others: BTreeSet<InstanceId>,
     /// Why the last look saw nothing.
     pub error: Option<String>,
     /// Instances that can't be launched, ports that can't be published.

@@ -4,7 +4,7 @@
 //! keeps its networks apart. Where subnets matter, for network ACLs, the programs know them by their addresses.
 //! The next planes are for instances with several interfaces in one VPC: Docker joins a container to a network once.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::Ipv4Addr;
 
 use bollard::errors::Error;
@@ -15,7 +15,7 @@ use ipnet::Ipv4Net;
 use super::LaunchError;
 use super::engine::{Engine, is_absent};
 use crate::discovery::names;
-use crate::model::VpcId;
+use crate::model::{VpcId, Warning};
 
 /// Which VPC's network it is, and which plane: `VPC/NUMBER`.
 const NETWORK: &str = "dev.sg-agent.network";
@@ -27,7 +27,9 @@ const RESERVED: usize = 4;
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Net {
     pub(super) name: String,
-    subnet: Ipv4Net,
+    pub(super) subnet: Ipv4Net,
+    /// Why it was made with other addresses than its VPC's, if it was.
+    pub(super) refused: Option<String>,
 }
 
 /// Networks that a VPC may have on this host: whoever can call CreateVpc would lead the host's own connections to any
@@ -42,6 +44,31 @@ const PRIVATE: [Ipv4Net; 7] = [
     Ipv4Net::new_assert(Ipv4Addr::new(203, 0, 113, 0), 24),
 ];
 
+/// VPCs whose networks have other addresses than they have, and what is to be told of it.
+#[derive(Debug, Default)]
+pub(super) struct Strays(BTreeMap<VpcId, String>);
+
+impl Strays {
+    /// Notes which addresses a VPC's first network has.
+    pub(super) fn note(&mut self, vpc: &VpcId, cidr: Ipv4Net, net: &Net) {
+        if net.subnet.trunc() == cidr.trunc() {
+            self.0.remove(vpc);
+        } else if net.refused.is_some() || !self.0.contains_key(vpc) {
+            let why = net.refused.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
+            let subnet = net.subnet;
+            let problem =
+                format!("its network can't be had here: its instances have addresses of {subnet}, not {cidr}{why}");
+            self.0.insert(vpc.clone(), problem);
+        }
+    }
+
+    /// A warning for each of them that an instance is in.
+    pub(super) fn warnings(&self, in_use: &BTreeSet<VpcId>) -> Vec<Warning> {
+        let strays = self.0.iter().filter(|(vpc, _)| in_use.contains(*vpc));
+        strays.map(|(vpc, problem)| Warning { subject: vpc.to_string(), problem: problem.clone() }).collect()
+    }
+}
+
 impl Engine {
     /// The network of a VPC; made if it isn't there. Callers take turns.
     pub(super) async fn network(&self, vpc: &VpcId, cidr: Option<Ipv4Net>, plane: usize) -> Result<Net, LaunchError> {
@@ -52,13 +79,11 @@ impl Engine {
             return net(network.name, network.ipam);
         }
         let name = if plane == 0 { format!("sg-agent-{id}") } else { format!("sg-agent-{id}-{plane}") };
+        let mut refused = None;
         if let Some(cidr) = cidr.filter(|_| plane == 0) {
             match self.add(&name, &key, cidr).await {
-                Ok(()) => return Ok(Net { name, subnet: cidr }),
-                Err(problem) => tracing::warn!(
-                    vpc = id, %cidr, problem,
-                    "its network can't be had here: its instances get addresses of Docker's choice"
-                ),
+                Ok(()) => return Ok(Net { name, subnet: cidr, refused: None }),
+                Err(problem) => refused = Some(problem),
             }
         }
         // Docker chooses, but gives out single addresses only in a network that somebody else chose.
@@ -67,7 +92,7 @@ impl Engine {
         self.docker.remove_network(&trial).await?;
         let subnet = net(Some(name.clone()), chosen?.ipam)?.subnet;
         self.add(&name, &key, subnet).await.map_err(|problem| LaunchError::Network { name: name.clone(), problem })?;
-        Ok(Net { name, subnet })
+        Ok(Net { name, subnet, refused })
     }
 
     async fn add(&self, name: &str, key: &str, subnet: Ipv4Net) -> Result<(), String> {
@@ -119,7 +144,7 @@ impl Engine {
             }
             let Some(id) = &network.id else { continue };
             match self.docker.remove_network(id).await {
-                Ok(()) => tracing::info!(vpc, "its network is removed: no instance is in it"),
+                Ok(()) => tracing::info!("{}: its network is removed: no instance is in it", vpc.escape_default()),
                 // Somebody else's container is in it.
                 Err(Error::DockerResponseServerError { status_code: 403, .. }) => {}
                 Err(error) if is_absent(&error) => {}
@@ -183,7 +208,7 @@ fn net(name: Option<String>, ipam: Option<Ipam>) -> Result<Net, LaunchError> {
     let subnet = configs.iter().find_map(|config| config.subnet.as_ref()?.parse().ok());
     let name = name.unwrap_or_default();
     match subnet {
-        Some(subnet) => Ok(Net { name, subnet }),
+        Some(subnet) => Ok(Net { name, subnet, refused: None }),
         None => Err(LaunchError::Network { name, problem: "it has no IPv4 network".to_owned() }),
     }
 }
@@ -228,6 +253,30 @@ mod tests {
         assert!(overlap(net("172.16.0.0/12"), net("172.17.0.0/16")));
         assert!(overlap(net("172.17.3.0/24"), net("172.17.0.0/16")));
         assert!(!overlap(net("172.17.0.0/16"), net("172.18.0.0/16")));
+    }
+
+    #[test]
+    fn a_vpc_without_its_own_addresses_is_told_of_until_it_has_them() {
+        let vpc = VpcId::from("vpc-1");
+        let (in_use, cidr) = (BTreeSet::from([vpc.clone()]), net("10.0.0.0/16"));
+        let made = |subnet, refused: Option<&str>| Net {
+            name: "sg-agent-vpc-1".to_owned(),
+            subnet: net(subnet),
+            refused: refused.map(str::to_owned),
+        };
+        let mut strays = Strays::default();
+        strays.note(&vpc, cidr, &made("172.18.0.0/16", Some("it is taken")));
+        // The next instance finds it made, and not why it is so.
+        strays.note(&vpc, cidr, &made("172.18.0.0/16", None));
+        let [warning] = &strays.warnings(&in_use)[..] else { panic!("one: {strays:?}") };
+        assert_eq!(
+            warning.to_string(),
+            "vpc-1: its network can't be had here: its instances have addresses of 172.18.0.0/16, not 10.0.0.0/16 \
+             (it is taken)"
+        );
+        assert_eq!(strays.warnings(&BTreeSet::new()), [], "nobody is in it");
+        strays.note(&vpc, cidr, &made("10.0.0.0/16", None));
+        assert_eq!(strays.warnings(&in_use), []);
     }
 
     #[test]

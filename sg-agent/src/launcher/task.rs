@@ -148,6 +148,7 @@ impl Launcher {
         };
         self.state.error = None;
         self.state.read = Some(picture.began);
+        self.state.others.clone_from(&seen.others);
         self.launches = launches;
         self.lost = self.memory.lost(&self.launches, &seen);
         let looked_into = &self.looked_into;
@@ -171,16 +172,17 @@ impl Launcher {
             };
             if !stays {
                 worker.task.abort();
+                if worker.goal == Goal::Stop {
+                    // If its container stands still by now, that is the worker's doing.
+                    self.starts.remove(instance);
+                }
             }
             stays
         });
-        let has_ended = |instance: &InstanceId| {
-            // Without its holder it was ended, by whatever ended that.
-            let units = seen.ours.get(instance).filter(|units| units.holder.as_ref().is_some_and(|unit| unit.running));
-            units.and_then(|units| units.own.as_ref()).is_some_and(|own| !own.running)
-                && self.starts.contains_key(instance)
-        };
-        let ended = due.iter().filter(|(instance, goal)| **goal == Goal::Run && has_ended(instance));
+        let ended = due.iter().filter(|(instance, goal)| {
+            // What was seen before its last start says nothing of it.
+            **goal == Goal::Run && !self.has_started_since(instance, picture.began) && self.has_ended(instance, &seen)
+        });
         self.ended = ended.map(|(instance, _)| instance.clone()).collect();
         self.failed.retain(|instance, failed| due.get(instance) == Some(&failed.goal));
         let taken: Arc<BTreeSet<Ipv4Addr>> = Arc::new(self.addresses());
@@ -188,7 +190,8 @@ impl Launcher {
             let is_soon = |start: &Start| start.at.elapsed() < start.pause;
             let waits = self.failed.get(&instance).is_some_and(|failed| failed.again > Instant::now())
                 || (self.ended.contains(&instance) && self.starts.get(&instance).is_some_and(is_soon));
-            if waits || self.workers.contains_key(&instance) {
+            let is_old = goal == Goal::Run && self.has_started_since(&instance, picture.began);
+            if waits || is_old || self.workers.contains_key(&instance) {
                 continue;
             }
             let launch = self.launches.iter().find(|launch| launch.instance == instance).cloned();
@@ -205,6 +208,20 @@ impl Launcher {
         self.forget(&seen);
         self.sweep(&engine).await;
         self.tag(&seen).await;
+    }
+
+    fn has_started_since(&self, instance: &InstanceId, look: Instant) -> bool {
+        self.starts.get(instance).is_some_and(|start| start.at > look)
+    }
+
+    /// Whether an instance's container ended by itself: the launcher started it, and nobody has stopped it.
+    fn has_ended(&self, instance: &InstanceId, seen: &Seen) -> bool {
+        // Without its holder it was ended, by whatever ended that.
+        let units = seen.ours.get(instance).filter(|units| units.holder.as_ref().is_some_and(|unit| unit.running));
+        units.and_then(|units| units.own.as_ref()).is_some_and(|own| !own.running)
+            && self.starts.contains_key(instance)
+            // Whoever reboots it ends it first.
+            && (self.ended.contains(instance) || !self.workers.contains_key(instance))
     }
 
     /// Whether it is an instance that was brought up and may have ports.
@@ -233,11 +250,15 @@ impl Launcher {
         if !self.lost.is_empty() || !std::mem::take(&mut self.to_sweep) {
             return;
         }
-        let interfaces = self.launches.iter().flat_map(|launch| &launch.interfaces);
-        let in_use: BTreeSet<VpcId> = interfaces.map(|interface| interface.vpc.clone()).collect();
-        if let Err(error) = self.context.sweep(engine, &in_use).await {
+        if let Err(error) = self.context.sweep(engine, &self.in_use()).await {
             tracing::debug!(%error, "networks are not swept");
         }
+    }
+
+    /// The VPCs that instances are in.
+    fn in_use(&self) -> BTreeSet<VpcId> {
+        let interfaces = self.launches.iter().flat_map(|launch| &launch.interfaces);
+        interfaces.map(|interface| interface.vpc.clone()).collect()
     }
 
     /// Writes the tags that aren't what they should be, one instance after the other.
@@ -308,6 +329,9 @@ impl Launcher {
                         self.starts.remove(&instance);
                     }
                     Goal::Run | Goal::Reboot => {
+                        if goal == Goal::Reboot {
+                            self.starts.insert(instance.clone(), Start { at: Instant::now(), pause: BACK_OFF.0 });
+                        }
                         self.looked_into.insert(instance, enis);
                     }
                 }
@@ -370,7 +394,9 @@ impl Launcher {
                  'docker rm --force --volumes sg-agent-{instance} sg-agent-{instance}-net' removes them, with their disk"
             ),
         });
-        self.state.warnings = failed.chain(ended).chain(untagged).chain(lost).chain(self.ports.warnings()).collect();
+        let strays = self.context.strays(&self.in_use());
+        let told = failed.chain(ended).chain(untagged).chain(lost);
+        self.state.warnings = told.chain(strays).chain(self.ports.warnings()).collect();
         self.state.warnings.sort();
         let state = &self.state;
         self.tell.send_if_modified(|told| {
@@ -387,6 +413,7 @@ impl Launcher {
 mod tests {
     use super::*;
     use crate::launcher::Images;
+    use crate::launcher::plan::{Unit, Units};
     use crate::source::{Ec2, Ec2Options};
 
     /// One that has been told of nothing. Nobody listens at its endpoint.
@@ -405,8 +432,12 @@ mod tests {
 
     impl Launcher {
         fn set_to_work(&mut self, work: impl Future<Output = Outcome> + Send + 'static) {
+            self.set_to(Goal::Run, work);
+        }
+
+        fn set_to(&mut self, goal: Goal, work: impl Future<Output = Outcome> + Send + 'static) {
             let task = self.tasks.spawn(work);
-            self.workers.insert("i-1".into(), Worker { goal: Goal::Run, step: Step::default(), task });
+            self.workers.insert("i-1".into(), Worker { goal, step: Step::default(), task });
         }
 
         async fn note_next(&mut self) {
@@ -428,6 +459,26 @@ mod tests {
         launcher.set_to_work(async { done() });
         launcher.note_next().await;
         assert!(launcher.failed.is_empty() && launcher.looked_into.contains_key(&"i-1".into()));
+    }
+
+    #[tokio::test]
+    async fn who_is_rebooted_has_not_ended_by_itself() {
+        let mut launcher = launcher(&std::env::temp_dir().join("sg-task-none"));
+        let instance = InstanceId::from("i-1");
+        let unit = |running| Some(Unit { id: "x".to_owned(), running });
+        let units = Units { holder: unit(true), own: unit(false), apart: false };
+        let seen = Seen { ours: BTreeMap::from([(instance.clone(), units)]), ..Seen::default() };
+        let before = Instant::now();
+        assert!(!launcher.has_ended(&instance, &seen), "this launcher never started it");
+        launcher.set_to(Goal::Reboot, async { done() });
+        launcher.note_next().await;
+        assert!(launcher.has_ended(&instance, &seen));
+        assert!(launcher.has_started_since(&instance, before), "a look from in between doesn't count");
+        assert!(!launcher.has_started_since(&instance, Instant::now()));
+        launcher.set_to(Goal::Reboot, std::future::pending());
+        assert!(!launcher.has_ended(&instance, &seen), "it stands still because it is rebooted");
+        launcher.ended.insert(instance.clone());
+        assert!(launcher.has_ended(&instance, &seen), "it had ended before");
     }
 
     #[tokio::test]

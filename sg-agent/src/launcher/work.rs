@@ -10,13 +10,13 @@ use tokio::sync::watch;
 
 use super::engine::{Engine, Wire, is_taken};
 use super::images::Images;
-use super::network::Net;
+use super::network::{Net, Strays};
 use super::plan::{Goal, Units};
 use super::{LaunchError, files, holder};
 use crate::apply::Snapshot;
 use crate::discovery::names;
-use crate::model::{InstanceId, VpcId};
-use crate::source::{Ec2, Launch};
+use crate::model::{InstanceId, VpcId, Warning};
+use crate::source::{Ec2, Launch, LaunchInterface};
 
 /// What all workers share.
 pub(super) struct Context {
@@ -29,6 +29,8 @@ pub(super) struct Context {
     exposed: Mutex<BTreeMap<InstanceId, BTreeSet<u16>>>,
     /// One at a time makes or removes networks.
     networks: tokio::sync::Mutex<()>,
+    /// Networks that don't have their VPCs' addresses.
+    strays: Mutex<Strays>,
     /// One at a time pulls, or makes, one image.
     pulls: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
@@ -67,6 +69,7 @@ impl Context {
             names: Mutex::default(),
             exposed: Mutex::default(),
             networks: tokio::sync::Mutex::default(),
+            strays: Mutex::default(),
             pulls: Mutex::default(),
         }
     }
@@ -83,9 +86,10 @@ impl Context {
             (Goal::Run | Goal::Reboot, Some(launch)) => self.run(engine, job, launch, units).await,
             (Goal::Stop, _) => {
                 job.step.is("it is being stopped");
-                if let Some(own) = units.own {
+                // A look from before the last stop asks for another.
+                if let Some(own) = units.own.filter(|own| own.running) {
                     engine.stop(&own.id).await?;
-                    tracing::info!(instance = %job.instance, "stopped");
+                    tracing::info!("{}: stopped", job.instance);
                 }
                 Ok(false)
             }
@@ -95,7 +99,7 @@ impl Context {
                     engine.remove(&unit.id).await?;
                 }
                 lock(&self.exposed).remove(&job.instance);
-                tracing::info!(instance = %job.instance, "its containers are removed: it is no more");
+                tracing::info!("{}: its containers are removed: it is no more", job.instance);
                 Ok(false)
             }
         }
@@ -129,11 +133,11 @@ impl Context {
         let was_running = engine.units(&launch.instance).await?.own.is_some_and(|own| own.running);
         if job.goal == Goal::Reboot && was_running {
             engine.restart(&own).await?;
-            tracing::info!(instance = %launch.instance, "rebooted");
+            tracing::info!("{}: rebooted", launch.instance);
         } else if !was_running {
             engine.start(&own).await?;
             let address = wires.first().map(|wire| wire.address.to_string()).unwrap_or_default();
-            tracing::info!(instance = %launch.instance, image, address, "started");
+            tracing::info!(image, address, "{}: started", launch.instance);
         }
         self.run_user_data(engine, launch, &own).await?;
         self.write_back(launch, &wires).await?;
@@ -203,20 +207,20 @@ impl Context {
             match engine.start(&holder.id).await {
                 Ok(()) => return Ok((holder.id, own)),
                 Err(error) => {
-                    tracing::warn!(instance = %launch.instance, %error, "its network is made anew");
+                    tracing::warn!(%error, "{}: its network is made anew", launch.instance);
                     engine.remove(&holder.id).await?;
                 }
             }
         }
         // Its namespace was the holder's that is no more, and Docker gives it no other.
         if let Some(own) = own {
-            tracing::warn!(instance = %launch.instance, "its network was removed, so its container is made anew");
+            tracing::warn!("{}: its network was removed, so its container is made anew", launch.instance);
             engine.remove(&own).await?;
         }
         let primary = launch.interfaces.first().ok_or(LaunchError::NoInterface)?;
         let net = {
             let _turn = self.networks.lock().await;
-            engine.network(&primary.vpc, primary.network, 0).await?
+            self.network(engine, primary, 0).await?
         };
         let candidates = engine.candidates(&net, &primary.addresses, &job.taken).await?;
         let holder = first_free(&net, candidates, |address| engine.hold(launch, &net.name, address)).await?;
@@ -243,7 +247,7 @@ impl Context {
         let primary = launch.interfaces.first().ok_or(LaunchError::NoInterface)?;
         let first = {
             let _turn = self.networks.lock().await;
-            engine.network(&primary.vpc, primary.network, 0).await?
+            self.network(engine, primary, 0).await?
         };
         for network in surplus.into_iter().filter(|name| *name != first.name) {
             engine.disconnect(&network, holder).await?;
@@ -254,6 +258,15 @@ impl Context {
         wires.ok_or(LaunchError::NotWired)
     }
 
+    /// The network of an interface's VPC; notes whether it has the VPC's addresses. Callers take turns.
+    async fn network(&self, engine: &Engine, interface: &LaunchInterface, plane: usize) -> Result<Net, LaunchError> {
+        let net = engine.network(&interface.vpc, interface.network, plane).await?;
+        if let Some(cidr) = interface.network.filter(|_| plane == 0) {
+            lock(&self.strays).note(&interface.vpc, cidr, &net);
+        }
+        Ok(net)
+    }
+
     /// The networks of all interfaces but the primary one.
     async fn later_networks(&self, engine: &Engine, launch: &Launch) -> Result<Vec<Net>, LaunchError> {
         let mut planes: BTreeMap<&VpcId, usize> = BTreeMap::new();
@@ -262,7 +275,7 @@ impl Context {
         for (index, interface) in launch.interfaces.iter().enumerate() {
             let plane = planes.entry(&interface.vpc).and_modify(|plane| *plane += 1).or_insert(0);
             if index > 0 {
-                nets.push(engine.network(&interface.vpc, interface.network, *plane).await?);
+                nets.push(self.network(engine, interface, *plane).await?);
             }
         }
         Ok(nets)
@@ -296,12 +309,12 @@ impl Context {
         let key = match key.as_deref().map(files::public_key) {
             Some(Ok(key)) => Some(key),
             Some(Err(problem)) => {
-                tracing::warn!(%instance, problem, "it gets no key");
+                tracing::warn!("{instance}: it gets no key: {problem}");
                 None
             }
             None => {
                 if let Some(name) = &launch.key {
-                    tracing::warn!(%instance, key = %name.escape_default(), "the endpoint has no public key of this pair");
+                    tracing::warn!("{instance}: the endpoint has no public key of its pair {}", name.escape_default());
                 }
                 None
             }
@@ -310,7 +323,7 @@ impl Context {
         let script = match data.as_deref().map(files::script) {
             Some(Ok(script)) => Some(script),
             Some(Err(problem)) => {
-                tracing::warn!(%instance, problem, "its user data is not run");
+                tracing::warn!("{instance}: its user data is not run: {problem}");
                 None
             }
             None => None,
@@ -341,12 +354,17 @@ impl Context {
             if !interface.addresses.contains(&wire.address) {
                 self.ec2.assign_address(&interface.eni, wire.address).await?;
                 tracing::info!(
-                    instance = %launch.instance, eni = %interface.eni, address = %wire.address,
-                    "has this address: none that it was given is to be had in its network"
+                    eni = %interface.eni, address = %wire.address,
+                    "{}: has this address: none that it was given is to be had in its network", launch.instance
                 );
             }
         }
         Ok(())
+    }
+
+    /// A warning for each VPC whose instances don't have its addresses.
+    pub(super) fn strays(&self, in_use: &BTreeSet<VpcId>) -> Vec<Warning> {
+        lock(&self.strays).warnings(in_use)
     }
 
     /// Removes networks of VPCs without instances.
