@@ -43,8 +43,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 /// to look into other containers' `/proc` entries. `--privileged` does as well.
 fn how_to_run(tag: &str) -> String {
     let lines = [
-        "docker run -d --network host --pid host",
-        "--cap-add SYS_ADMIN --cap-add NET_ADMIN --cap-add SYS_PTRACE --security-opt apparmor=unconfined",
+        "docker run -d --name sg-agent --network host --pid host",
+        "--cap-add SYS_ADMIN --cap-add NET_ADMIN --cap-add SYS_PTRACE",
+        "--security-opt seccomp=unconfined --security-opt apparmor=unconfined",
         "-v /sys/fs/bpf:/sys/fs/bpf -v /run/netns:/run/netns -v /run/sg-agent:/run/sg-agent",
         "-v /var/run/docker.sock:/var/run/docker.sock",
         &format!("{tag} run --endpoint-url URL"),

@@ -3,7 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -79,6 +79,11 @@ impl Moto {
         format!("http://127.0.0.1:{}", self.port)
     }
 
+    /// How it ended, if it did.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
     fn answers(&self) -> bool {
         let timeout = Duration::from_secs(2);
         let ask = || -> std::io::Result<bool> {
@@ -95,6 +100,9 @@ impl Moto {
 
 impl Drop for Moto {
     fn drop(&mut self) {
-        cmd::stop(&mut self.child, Duration::from_secs(5));
+        // One that has ended is waited for: its number may be another process's.
+        if self.ended().is_none() {
+            cmd::stop(&mut self.child, Duration::from_secs(5));
+        }
     }
 }

@@ -1,4 +1,7 @@
-//! `cargo xtask run`: everything that the agent needs, then the agent in the foreground.
+//! `cargo xtask run`: everything that the agent needs, then the agent in the foreground. What it tells the user to type
+//! is `how_to`'s.
+
+mod how_to;
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -7,18 +10,20 @@ use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use nix::sys::signal::Signal;
 
 use crate::deps::{self, docker::Engine, python::Venv};
 use crate::moto::{self, Moto};
 use crate::{build, cmd, image, launched, ui};
+use how_to::{Commands, ControlPlane, HowTo};
 
-/// Where the agent's gateway listens by default.
-const GATEWAY: &str = "127.0.0.1:4566";
 /// How long the agent may take to end after a signal.
 const STOP: Duration = Duration::from_secs(15);
+
+/// What flock(1) is told to say of a lock that is held.
+const HELD: i32 = 75;
 
 /// The agent's own default.
 const STATE_DIR: &str = "/run/sg-agent";
@@ -42,17 +47,22 @@ pub struct Options {
 
 /// Sets up, builds, starts what is missing, and runs the agent until it ends or Ctrl-C.
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let agent = build::build(true)?;
     let has = |option: &str| options.agent.iter().any(|argument| argument == option);
-    let needs_docker = !options.agent.iter().any(|argument| argument == "--no-docker");
-    let engine = needs_docker.then(Engine::ensure).transpose()?;
+    if has("--help") || has("-h") {
+        let agent = build::build(true)?;
+        return foreground(Command::new(agent).arg("run").args(&options.agent), None);
+    }
     cmd::ensure_root("to load eBPF programs")?;
+    let state_dir = state_dir(&options.agent);
+    check_lock(&state_dir)?;
+    let agent = build::build(true)?;
+    let engine = (!has("--no-docker")).then(Engine::ensure).transpose()?;
     deps::ensure_bpffs()?;
-    let (moto, aws) = if options.no_moto || options.endpoint_url.is_some() {
-        (None, "aws".to_owned())
+    let (mut moto, aws) = if options.no_moto || options.endpoint_url.is_some() {
+        (None, None)
     } else {
         let venv = Venv::ensure()?;
-        (Some(Moto::start(&venv, options.moto_port)?), venv.aws().display().to_string())
+        (Some(Moto::start(&venv, options.moto_port)?), Some(venv.aws().display().to_string()))
     };
     // Moto only keeps book; other emulators may start containers themselves, and then there is a flag for it.
     let launch = moto.is_some() && engine.is_some() && !has("--rules");
@@ -78,52 +88,63 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     command.arg("run");
     if let Some(endpoint) = &endpoint {
         command.args(["--endpoint-url", endpoint]);
-        if moto.is_some() {
-            print!("{}", how_to(&client_endpoint(endpoint, &options.agent), &commands, launch));
-        }
+        let control_plane = match &moto {
+            Some(_) => ControlPlane::Moto,
+            None => ControlPlane::Other,
+        };
+        let way = how_to::way(endpoint, &options.agent);
+        print!("{}", HowTo { control_plane, way, commands: &commands, launch: launch || has("--launch") });
     }
     if launch && !has("--launch") {
         command.arg("--launch");
     }
     command.args(&options.agent);
-    let code = foreground(&mut command)?;
+    let code = foreground(&mut command, moto.as_mut())?;
+    // Moto forgets its instances when it ends, so their containers are nobody's then.
     if let Some(engine) = engine.as_ref().filter(|_| launch) {
-        remove_launched(engine, &options.agent);
+        launched::remove(engine, &state_dir);
     }
     drop(moto);
     drop(engine);
     Ok(code)
 }
 
-/// Moto forgets its instances when it ends, so their containers are nobody's then.
-fn remove_launched(engine: &Engine, agent: &[OsString]) {
-    let given = agent.iter().position(|argument| argument == "--state-dir").and_then(|at| agent.get(at + 1));
-    let given = given.cloned().or_else(|| env::var_os("SG_STATE_DIR"));
-    launched::remove(engine, &given.map_or_else(|| STATE_DIR.to_owned(), |directory| directory.display().to_string()));
+/// The agent's state directory, as it finds it.
+fn state_dir(agent: &[OsString]) -> String {
+    let given = value_of(agent, "--state-dir").or_else(|| env::var("SG_STATE_DIR").ok());
+    given.unwrap_or_else(|| STATE_DIR.to_owned())
 }
 
-/// Where clients go: to the agent's gateway, unless it has none.
-fn client_endpoint(endpoint: &str, agent: &[OsString]) -> String {
+/// What the agent's arguments give for an option.
+fn value_of(agent: &[OsString], option: &str) -> Option<String> {
     let arguments: Vec<_> = agent.iter().map(|argument| argument.to_string_lossy()).collect();
-    let own = arguments.iter().enumerate().find_map(|(at, argument)| match argument.strip_prefix("--gateway") {
-        Some("") => arguments.get(at + 1).map(ToString::to_string),
-        Some(rest) => rest.strip_prefix('=').map(str::to_owned),
-        None => None,
-    });
-    // As the agent does: by default it goes without, where something else has the port.
-    let is_free = || std::net::TcpListener::bind(GATEWAY).is_ok();
-    match own {
-        _ if arguments.iter().any(|argument| argument == "--no-gateway" || argument == "--rules") => {
-            endpoint.to_owned()
-        }
-        Some(address) => format!("http://{address}"),
-        None if is_free() => format!("http://{GATEWAY}"),
-        None => endpoint.to_owned(),
-    }
+    arguments.iter().enumerate().find_map(|(at, argument)| match argument.strip_prefix(option)? {
+        "" => arguments.get(at + 1).map(ToString::to_string),
+        rest => rest.strip_prefix('=').map(str::to_owned),
+    })
 }
 
-/// Runs the agent until its end; a signal to xtask is the agent's.
-fn foreground(command: &mut Command) -> Result<ExitCode> {
+/// Fails where another agent has the state directory, before anything is started for one that can't run.
+fn check_lock(state_dir: &str) -> Result<()> {
+    let lock = format!("{state_dir}/lock");
+    let Ok(holder) = cmd::stdout(cmd::as_root_plain("cat").arg(&lock)) else {
+        // No agent was ever here.
+        return Ok(());
+    };
+    let mut flock = cmd::as_root_plain("flock");
+    flock.args(["--nonblock", "--conflict-exit-code", &HELD.to_string(), &lock, "true"]);
+    // Whatever else fails is the agent's to tell.
+    let held = cmd::output(&mut flock).is_ok_and(|output| output.status.code() == Some(HELD));
+    ensure!(
+        !held,
+        "another sg-agent (pid {holder}) holds {state_dir}; stop it, or give this one its own directories: `cargo xtask run -- --state-dir DIR --bpffs DIR`"
+    );
+    Ok(())
+}
+
+/// Runs the agent until its end; a signal to xtask is the agent's. If Moto ends the agent goes on, and so does what it
+/// enforces.
+fn foreground(command: &mut Command, mut moto: Option<&mut Moto>) -> Result<ExitCode> {
     ui::step(&format!("{} (Ctrl-C ends it, and what was started for it)", cmd::show(command)));
     cmd::check_interrupted()?;
     let mut child = command.spawn().with_context(|| format!("cannot run {}", cmd::show(command)))?;
@@ -146,105 +167,61 @@ fn foreground(command: &mut Command) -> Result<ExitCode> {
             }
             _ => {}
         }
+        if let Some(ended) = moto.as_deref_mut().and_then(Moto::ended) {
+            ui::warn(&format!(
+                "Moto has ended ({ended}), and has forgotten everything; its log is target/run/moto.log. The last rules stay enforced, and nothing changes any more: end this by Ctrl-C, and start it again"
+            ));
+            moto = None;
+        }
         thread::sleep(Duration::from_millis(50));
     };
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
-/// What the how-to names: the commands as they are to be typed.
-struct Commands {
-    aws: String,
-    sg_agent: String,
-    /// Only where it isn't just `docker`.
-    docker: Option<&'static str>,
-}
-
-fn how_to(endpoint: &str, commands: &Commands, launch: bool) -> String {
-    let exports: Vec<_> = moto::CREDENTIALS.iter().map(|(name, value)| format!("{name}={value}")).collect();
-    let exports = exports.join(" ");
-    let mut aliases = format!("alias aws={} sg-agent={}", cmd::quote(&commands.aws), cmd::quote(&commands.sg_agent));
-    if let Some(docker) = commands.docker {
-        aliases += &format!(" docker={}", cmd::quote(docker));
-    }
-    let steps = if launch { LAUNCHED } else { BY_HAND };
-    format!(
-        "
-Moto is the control plane, the agent's gateway the way to it: a change is enforced when its call returns. In another terminal:
-
-  export AWS_ENDPOINT_URL={endpoint} {exports}
-  {aliases}
-
-{steps}
-Moto forgets everything when it ends; what is enforced stays until `sg-agent detach`.
-`cargo xtask demo` plays such a session by itself.
-
-"
-    )
-}
-
-/// What to type where instances become containers by themselves.
-const LAUNCHED: &str = "\
-1. a key, a group, and a rule in it:
-  aws ec2 create-key-pair --key-name me --query KeyMaterial --output text > me.pem; chmod 600 me.pem
-  SG=$(aws ec2 create-security-group --group-name web --description web --query GroupId --output text)
-  aws ec2 authorize-security-group-ingress --group-id $SG --protocol tcp --port 22 --cidr 0.0.0.0/0
-2. an instance in the group: it becomes a container, and its port 22 the host's 32022:
-  ID=$(aws ec2 run-instances --image-id ami-12c6146b --key-name me --security-group-ids $SG --query 'Instances[0].InstanceId' --output text)
-3. what is enforced, which ports are published, by which rule one gets in, and getting in:
-  sg-agent status --wait 20
-  sg-agent ports
-  sg-agent explain --to $ID --from 127.0.0.1 --port 22
-  ssh -i me.pem -p 32022 root@127.0.0.1
-4. the rule goes, and nobody gets in:
-  aws ec2 revoke-security-group-ingress --group-id $SG --protocol tcp --port 22 --cidr 0.0.0.0/0
-  ssh -i me.pem -o ConnectTimeout=3 -p 32022 root@127.0.0.1
-5. the instance goes, and its container with it:
-  aws ec2 terminate-instances --instance-ids $ID
-";
-
-/// And where somebody has to start them.
-const BY_HAND: &str = "\
-1. a group, and a rule in it:
-  SG=$(aws ec2 create-security-group --group-name web --description web --query GroupId --output text)
-  aws ec2 authorize-security-group-ingress --group-id $SG --protocol tcp --port 22 --cidr 0.0.0.0/0
-2. an instance in the group:
-  ID=$(aws ec2 run-instances --image-id ami-12c6146b --security-group-ids $SG --query 'Instances[0].InstanceId' --output text)
-3. what is enforced, once a link stands for the instance (--attach $ID=LINK):
-  sg-agent status --wait 10
-  sg-agent explain --to $ID --from 127.0.0.1 --port 22
-4. the rule goes, and nobody gets in:
-  aws ec2 revoke-security-group-ingress --group-id $SG --protocol tcp --port 22 --cidr 0.0.0.0/0
-  sg-agent explain --to $ID --from 127.0.0.1 --port 22
-";
-
 #[cfg(test)]
 mod tests {
+    use std::process::Stdio;
+
     use super::*;
 
-    #[test]
-    fn clients_go_to_the_gateway_where_there_is_one() {
-        let of = |agent: &[&str]| {
-            client_endpoint("http://127.0.0.1:5000", &agent.iter().map(OsString::from).collect::<Vec<_>>())
-        };
-        assert_eq!(of(&["--no-gateway"]), "http://127.0.0.1:5000");
-        assert_eq!(of(&["--gateway", "127.0.0.1:9000"]), "http://127.0.0.1:9000");
-        assert_eq!(of(&["--log-drops", "--gateway=127.0.0.1:9001"]), "http://127.0.0.1:9001");
+    fn arguments(of: &[&str]) -> Vec<OsString> {
+        of.iter().map(OsString::from).collect()
     }
 
     #[test]
-    fn the_how_to_names_the_endpoint_credentials_and_commands() {
-        let mut commands = Commands {
-            aws: "/w/target/venv/bin/aws".to_owned(),
-            sg_agent: "sudo /w/target/release/sg-agent".to_owned(),
-            docker: None,
-        };
-        let text = how_to("http://127.0.0.1:5001", &commands, true);
-        assert!(text.contains("AWS_ENDPOINT_URL=http://127.0.0.1:5001 AWS_ACCESS_KEY_ID=test "), "{text}");
-        let aliases = "alias aws=/w/target/venv/bin/aws sg-agent='sudo /w/target/release/sg-agent'";
-        assert!(text.contains(&format!("{aliases}\n")), "{text}");
-        commands.docker = Some("sudo docker");
-        let text = how_to("http://127.0.0.1:5001", &commands, true);
-        assert!(text.contains(&format!("{aliases} docker='sudo docker'\n")), "{text}");
+    fn an_option_has_its_value_after_it_or_behind_the_equals_sign() {
+        let of = |agent: &[&str]| value_of(&arguments(agent), "--state-dir");
+        assert_eq!(of(&["--launch", "--state-dir", "/run/a"]).as_deref(), Some("/run/a"));
+        assert_eq!(of(&["--state-dir=/run/b", "--launch"]).as_deref(), Some("/run/b"));
+        assert_eq!(of(&["--state-directory", "/run/c"]), None);
+    }
+
+    #[test]
+    fn another_agent_is_met_before_anything_is_started() {
+        if !cmd::is_root() {
+            eprintln!("skipped: only root looks into the agent's directory");
+            return;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().display().to_string();
+        check_lock(&path).unwrap();
+        assert!(!directory.path().join("lock").exists(), "looking makes no lock");
+
+        let lock = directory.path().join("lock");
+        std::fs::write(&lock, "4711\n").unwrap();
+        check_lock(&path).unwrap();
+
+        // It says that it has the lock, and keeps it until its input ends.
+        let mut holder = Command::new("flock");
+        holder.arg(&lock).args(["sh", "-c", "echo held; cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut holder = holder.spawn().unwrap();
+        let mut said = [0; 5];
+        std::io::Read::read_exact(holder.stdout.as_mut().unwrap(), &mut said).unwrap();
+        let error = check_lock(&path).map_err(|error| error.to_string());
+        drop(holder.stdin.take());
+        holder.wait().unwrap();
+        assert!(error.as_ref().is_err_and(|error| error.contains("another sg-agent (pid 4711)")), "{error:?}");
+        check_lock(&path).unwrap();
     }
 }
