@@ -7,6 +7,7 @@ use super::poll::Poller;
 use super::{Daemon, Reply};
 use crate::discovery::{Attachment, Origin};
 use crate::model::{InstanceId, Warning};
+use crate::render::clean;
 use crate::status::{Report, Status};
 use crate::{explain, live, proxy};
 
@@ -29,10 +30,10 @@ impl Daemon {
     pub(super) fn tell(&mut self) {
         let now = self.warnings();
         for warning in now.difference(&self.told) {
-            tracing::warn!("{}: {}", warning.subject.escape_default(), warning.problem);
+            tracing::warn!("{}: {}", clean(&warning.subject), warning.problem);
         }
         for gone in self.told.difference(&now) {
-            tracing::info!("{}: no longer: {}", gone.subject.escape_default(), gone.problem);
+            tracing::info!("{}: no longer: {}", clean(&gone.subject), gone.problem);
         }
         self.told = now;
     }
