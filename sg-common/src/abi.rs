@@ -14,7 +14,7 @@ use crate::addr::Address;
 
 /// The version of everything in this module and those below it. Bump it with every change of a type, a map or a number's
 /// meaning.
-pub const LAYOUT: u32 = 3;
+pub const LAYOUT: u32 = 4;
 
 /// As seen from the interface: what arrives, or what leaves.
 #[repr(u8)]

@@ -20,6 +20,11 @@ use sg_common::reset::LENGTH6;
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 #[map]
 static INTERFACES: HashMap<u32, Interface> = HashMap::with_max_entries(MAX_INTERFACES, 0);
+/// Counts what the agent wrote to `INTERFACES`.
+#[map]
+static EDITION: Array<u64> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+#[map]
+static RECENT: PerCpuArray<Recent> = PerCpuArray::with_max_entries(RECENT_LINKS, 0);
 #[map]
 static BINDINGS: Array<Binding> = Array::with_max_entries(MAX_BINDINGS, BPF_F_MMAPABLE);
 #[map]
@@ -64,9 +69,9 @@ static ANSWER: PerCpuArray<[u8; LENGTH6]> = PerCpuArray::with_max_entries(1, 0);
 /// What was last read of a socket buffer on this CPU.
 #[map]
 static SKB_FIELDS: PerCpuArray<[u8; SKB_WINDOW]> = PerCpuArray::with_max_entries(1, 0);
-/// Packets of established flows, by `2 * eni + direction`: an array, because every one of them is counted.
+/// The verdicts that most packets meet, by `2 * eni + direction`.
 #[map]
-pub static ESTABLISHED: PerCpuArray<Count> = PerCpuArray::with_max_entries(2 * MAX_INTERFACES, 0);
+pub static USUAL: PerCpuArray<[Count; USUAL_KINDS]> = PerCpuArray::with_max_entries(2 * MAX_INTERFACES, 0);
 /// All other verdicts.
 #[map]
 pub static REASONS: PerCpuHashMap<ReasonKey, Count> = PerCpuHashMap::with_max_entries(MAX_COUNTERS, BPF_F_NO_PREALLOC);
@@ -129,7 +134,7 @@ unsafe extern "C" fn visit(map: *mut c_void, key: *mut c_void, flow: *mut c_void
         // SAFETY: deleting the entry that is being visited is allowed (kernel: `bpf_for_each_hash_elem`).
         let result = unsafe { bpf_map_delete_elem(map, key) };
         if result == 0 {
-            count_tracked(eni, -1);
+            count_tracked(eni.into(), -1);
         }
     } else {
         sweep.live += 1;
@@ -158,29 +163,49 @@ fn has_allowance(eni: u32) -> bool {
     }
 }
 
-/// Adds a flow's entry and counts it. One that another CPU added meanwhile stands, and is counted there.
+/// Adds a flow's entry and counts it, if there is room. One that is there already stands, and was counted then.
 #[inline(always)]
-fn track(key: &FlowKey, flow: &Flow) -> Result<(), Full> {
-    const EEXIST: i32 = -17;
-    if !has_allowance(key.eni) {
-        return Err(Full);
+fn track(key: &FlowKey, flow: &Flow) -> bool {
+    let is_added = has_allowance(key.eni.into()) && FLOWS.insert(key, flow, BPF_NOEXIST as u64).is_ok();
+    if is_added {
+        count_tracked(key.eni.into(), 1);
     }
-    match FLOWS.insert(key, flow, BPF_NOEXIST as u64) {
-        Ok(()) => {
-            count_tracked(key.eni, 1);
-            Ok(())
-        }
-        Err(error) if error as i32 == EEXIST => Ok(()),
-        Err(_) => Err(Full),
+    is_added
+}
+
+/// The interface whose host-side link has this index: as this CPU found it last, if the agent has written no entry since.
+/// The agent counts an edition up after each write and before it relies on it, so a copy is never used for longer than
+/// an entry that was looked up then would have been.
+#[inline(always)]
+pub fn interface(ifindex: u32) -> Option<&'static Interface> {
+    let edition = EDITION.get_ptr_mut(0)?;
+    let recent = RECENT.get_ptr_mut(ifindex % RECENT_LINKS)?;
+    // SAFETY: an aligned word of an array that is never freed while the program runs, which the agent stores whole; and
+    // this CPU's own entry of another one, which programs on one CPU don't interrupt each other at.
+    unsafe {
+        let is_current = (*recent).link == ifindex && (*recent).edition == edition.read_volatile();
+        if is_current || look_up(ifindex, edition, recent) { Some(&(*recent).interface) } else { None }
     }
 }
 
-/// The interface whose host-side link has this index.
-#[inline(always)]
-pub fn interface(ifindex: u32) -> Option<&'static Interface> {
-    // SAFETY: the agent replaces entries whole; one that is replaced while it is read stays valid until the program
-    // ends, since programs run under RCU.
-    unsafe { INTERFACES.get(ifindex) }
+/// Keeps an interface's entry on this CPU, if there is one. One that is replaced while it is copied belongs to an edition
+/// that is over by then: this packet may meet parts of both, as it may wherever two packets do; the next finds it anew.
+///
+/// # Safety
+/// The pointers are those of `interface`.
+#[inline(never)]
+unsafe fn look_up(ifindex: u32, edition: *mut u64, recent: *mut Recent) -> bool {
+    // Nothing is read before it: on weakly ordered processors this instruction is a barrier.
+    let mut current = 0_u64;
+    // SAFETY: the caller's. Adding nothing leaves the word as the agent stored it.
+    unsafe {
+        asm!("{current} = atomic_fetch_add((u64 *)({word} + 0), {current})", word = in(reg) edition, current = inout(reg) current);
+    }
+    // SAFETY: an entry stays mapped until the program ends, since programs run under RCU.
+    let Some(entry) = (unsafe { INTERFACES.get(ifindex) }) else { return false };
+    // SAFETY: the caller's.
+    unsafe { recent.write(Recent { edition: current, link: ifindex, interface: *entry }) };
+    true
 }
 
 /// The packet that was judged last on this CPU, if it was one.
@@ -254,19 +279,19 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn reference(&self, table: u32, group: u32) -> u32 {
-        // SAFETY: see `interface`.
+        // SAFETY: see `look_up`.
         unsafe { REFERENCES.get(ReferenceKey { table, group }) }.copied().unwrap_or(0)
     }
 
     #[inline(always)]
     fn membership(&self, vpc: u32, address: &Address) -> Option<&Member> {
-        // SAFETY: see `interface`.
+        // SAFETY: see `look_up`.
         unsafe { MEMBERS.get(MemberKey { vpc, address: *address }) }
     }
 
     #[inline(always)]
     fn has_own(&self, eni: u32, address: &Address) -> bool {
-        // SAFETY: see `interface`.
+        // SAFETY: see `look_up`.
         unsafe { SECONDARIES.get(OwnKey { eni, address: *address }) }.is_some()
     }
 
@@ -277,7 +302,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn is_exempt(&self, vpc: u32, address: &Address, protocol: u8, port: u16) -> bool {
-        // SAFETY: see `interface`.
+        // SAFETY: see `look_up`.
         unsafe { EXEMPT.get(ExemptKey { vpc, address: *address, port, protocol, pad: 0 }) }.is_some()
     }
 
@@ -315,7 +340,7 @@ extern "C" fn find_own(eni: u32, address: *const Address) -> u32 {
 impl Ports for Maps {
     #[inline(always)]
     fn published(&self, key: &PublishedKey) -> Option<&PublishedPort> {
-        // SAFETY: see `interface`.
+        // SAFETY: see `look_up`.
         unsafe { PUBLISHED.get(key) }
     }
 
@@ -356,20 +381,26 @@ impl Memory for Maps {
         FLOWS.get_ptr_mut(key).map(|flow| unsafe { &mut *flow })
     }
 
+    /// The entry is looked for only where adding it fails: most often it is new.
     #[inline(always)]
-    fn add_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), Full> {
-        match track(key, flow) {
-            // With an agent that sweeps this finds nothing; without one, the packets help themselves.
-            Err(Full) if sweep_if_due(flow.seen) => track(key, flow),
-            result => result,
+    fn add_flow(&self, key: &FlowKey, flow: &Flow) -> Result<Option<&mut Flow>, Full> {
+        if track(key, flow) {
+            return Ok(None);
         }
+        if let Some(old) = self.flow(key) {
+            return Ok(Some(old));
+        }
+        // With an agent that sweeps this finds nothing; without one, the packets help themselves. An entry that went
+        // between the two lines above leaves its room.
+        sweep_if_due(flow.seen);
+        if track(key, flow) { Ok(None) } else { Err(Full) }
     }
 
     #[inline(always)]
     fn remove_flow(&self, key: &FlowKey) {
         // It may be gone already, which is as good.
         if FLOWS.remove(key).is_ok() {
-            count_tracked(key.eni, -1);
+            count_tracked(key.eni.into(), -1);
         }
     }
 
@@ -389,7 +420,7 @@ impl Memory for Maps {
 
     #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
-        // SAFETY: see `interface`; entries are replaced whole.
+        // SAFETY: see `look_up`; entries are replaced whole.
         let fragment = unsafe { FRAGMENTS.get(key.slot()) }?;
         if fragment.key == *key { Some(*fragment) } else { None }
     }

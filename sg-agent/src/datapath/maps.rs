@@ -6,12 +6,13 @@ use aya::Ebpf;
 use aya::maps::lpm_trie::LpmTrie;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use sg_common::abi::{
-    self, Cidr4Key, Cidr6Key, Config, Count, Direction, ExemptKey, Flow, FlowKey, Fragment, FragmentSlot, Interface,
-    Member, MemberKey, OwnKey, Policy, PortKey, PublishedKey, PublishedPort, ReasonKey, ReferenceKey,
+    self, Cidr4Key, Cidr6Key, Config, Count, Direction, ExemptKey, Flow, FlowKey, Fragment, FragmentSlot, Member,
+    MemberKey, OwnKey, Policy, PortKey, PublishedKey, PublishedPort, ReasonKey, ReferenceKey, USUAL_KINDS,
 };
-use sg_common::verdict::Pass;
+use sg_common::verdict;
 
 use super::DatapathError;
+use super::interfaces::Interfaces;
 use super::mapped::MappedWords;
 
 /// Every map that the agent reads or writes.
@@ -20,7 +21,7 @@ pub struct Maps {
     pub writes: u64,
     config: Array<MapData, Config>,
     /// Attached interfaces, by link index.
-    pub interfaces: HashMap<MapData, u32, Interface>,
+    pub interfaces: Interfaces,
     /// Policies in force; see [`abi::Binding`].
     pub bindings: MappedWords,
     /// The map behind `bindings`.
@@ -52,7 +53,7 @@ pub struct Maps {
     pub flows: HashMap<MapData, FlowKey, Flow>,
     fragments: HashMap<MapData, FragmentSlot, Fragment>,
     tracked: Array<MapData, i64>,
-    established: PerCpuArray<MapData, Count>,
+    usual: PerCpuArray<MapData, [Count; USUAL_KINDS]>,
     reasons: PerCpuHashMap<MapData, ReasonKey, Count>,
 }
 
@@ -71,10 +72,11 @@ impl Maps {
         }
         let bindings_map = array(ebpf, "BINDINGS")?;
         let matrix_map = array(ebpf, "MATRIX")?;
+        let edition_map = array(ebpf, "EDITION")?;
         Ok(Self {
             writes: 0,
             config: typed(ebpf, "CONFIG")?,
-            interfaces: typed(ebpf, "INTERFACES")?,
+            interfaces: Interfaces::new(typed(ebpf, "INTERFACES")?, mapped(&edition_map, "EDITION", 1)?, edition_map),
             bindings: mapped(&bindings_map, "BINDINGS", abi::MAX_BINDINGS)?,
             bindings_map,
             policies: typed(ebpf, "POLICIES")?,
@@ -92,7 +94,7 @@ impl Maps {
             flows: typed(ebpf, "FLOWS")?,
             fragments: typed(ebpf, "FRAGMENTS")?,
             tracked: typed(ebpf, "TRACKED")?,
-            established: typed(ebpf, "ESTABLISHED")?,
+            usual: typed(ebpf, "USUAL")?,
             reasons: typed(ebpf, "REASONS")?,
         })
     }
@@ -123,14 +125,17 @@ impl Maps {
             let key = key?;
             // An entry that went meanwhile counts nothing.
             if let Ok(values) = self.reasons.get(&key, 0) {
-                counters.insert((key.eni, key.direction, key.reason), sum(&values));
+                counters.insert((key.eni, key.direction, key.reason), sum(values.iter().copied()));
             }
         }
         for &eni in enis {
             for direction in [Direction::Ingress, Direction::Egress] {
-                let count = sum(&self.established.get(&(2 * eni + direction as u32), 0)?);
-                if count.packets > 0 {
-                    counters.insert((eni, direction as u8, Pass::Established as u8), count);
+                let values = self.usual.get(&(2 * eni + direction as u32), 0)?;
+                for (kind, verdict) in verdict::USUAL.iter().enumerate() {
+                    let count = sum(values.iter().map(|counts| counts[kind]));
+                    if count.packets > 0 {
+                        counters.insert((eni, direction as u8, verdict::number(verdict)), count);
+                    }
                 }
             }
         }
@@ -170,7 +175,7 @@ impl Maps {
         let keys: Vec<FlowKey> = self
             .flows
             .keys()
-            .filter(|key| key.as_ref().map_or(true, |key| key.eni == eni))
+            .filter(|key| key.as_ref().map_or(true, |key| u32::from(key.eni) == eni))
             .collect::<Result<_, _>>()?;
         for key in keys {
             absent_is_fine(self.flows.remove(&key))?;
@@ -189,9 +194,9 @@ impl Maps {
         }
         for direction in [Direction::Ingress, Direction::Egress] {
             let index = 2 * eni + direction as u32;
-            let zeros = vec![Count::default(); self.established.get(&index, 0)?.len()];
+            let zeros = vec![Default::default(); self.usual.get(&index, 0)?.len()];
             let zeros = PerCpuValues::try_from(zeros).map_err(MapError::IoError)?;
-            self.established.set(index, zeros, 0)?;
+            self.usual.set(index, zeros, 0)?;
         }
         Ok(())
     }
@@ -206,8 +211,8 @@ pub fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
     }
 }
 
-fn sum(values: &[Count]) -> Count {
-    values.iter().fold(Count::default(), |total, value| Count {
+fn sum(values: impl IntoIterator<Item = Count>) -> Count {
+    values.into_iter().fold(Count::default(), |total, value| Count {
         packets: total.packets + value.packets,
         bytes: total.bytes + value.bytes,
     })

@@ -10,6 +10,7 @@ mod btf;
 mod check;
 mod drops;
 mod filter;
+mod interfaces;
 mod mapped;
 mod maps;
 mod pins;
@@ -20,6 +21,7 @@ mod trial;
 
 pub use attach::Hook;
 pub use check::Fault;
+pub use interfaces::Interfaces;
 pub use maps::{Maps, absent_is_fine};
 pub use pins::{DetachReport, Pins};
 pub use published::{Watch, Way};
@@ -30,7 +32,6 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::path::PathBuf;
 
-use aya::maps::IterableMap;
 use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use nix::fcntl::Flock;

@@ -21,7 +21,7 @@ const SHARED: [(&str, &str); 5] = [
     ("FLOWS", "flows"),
     ("TRACKED", "tracked"),
     ("FRAGMENTS", "fragments"),
-    ("ESTABLISHED", "established"),
+    ("USUAL", "usual"),
     ("REASONS", "reasons"),
 ];
 /// The maps from which the next agent learns the numbers that flows know interfaces and policies by.
