@@ -13,5 +13,6 @@ pub mod guard;
 pub mod judge;
 pub mod packet;
 pub mod policy;
+pub mod ranges;
 pub mod reset;
 pub mod verdict;
