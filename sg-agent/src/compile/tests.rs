@@ -137,7 +137,7 @@ fn allowance((traffic, networks, _): &(Traffic, BTreeSet<IpNet>, bool)) -> Allow
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(128))]
 
     #[test]
     fn the_tables_of_groups_say_what_all_their_rules_say(rules in rules()) {
