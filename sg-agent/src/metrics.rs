@@ -109,7 +109,7 @@ fn sources(page: &mut Page, sources: &[SourceStatus]) -> fmt::Result {
 fn tables(page: &mut Page, status: &Status) -> fmt::Result {
     let by_table = |usage: &Usage| {
         [("policies", usage.policies), ("references", usage.references), ("lines", usage.lines)]
-        .map(|(table, entries)| (vec![("table", table.to_owned())], ConstGauge::new(u64::from(entries))))
+            .map(|(table, entries)| (vec![("table", table.to_owned())], ConstGauge::new(u64::from(entries))))
     };
     page.family("table_entries", "What the rule maps hold", by_table(&status.usage))?;
     page.family("table_capacity", "What they could hold", by_table(&status.capacity))?;

@@ -95,7 +95,7 @@ impl Key for u128 {
 
 /// `a + b`, which the compiler for BPF can neither look into nor put off.
 // VERIFIER: "combined stack size of 2 calls is 560. Too large" (6.18) where the compiler loads all of a node's ends before
-// it looks at the first.
+// it looks at the first. `docs/kernels.md` says how much stack there is.
 #[cfg(target_arch = "bpf")]
 #[inline(always)]
 fn plus(mut a: u64, b: u64) -> u64 {

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use nix::time::{ClockId, clock_gettime};
 use sg_agent::tables::InMemory;
 use sg_common::abi::{
-    Binding, Config, Direction, Flow, FlowKey, Fragment, FragmentKey, FragmentSlot, Interface, Line, MAX_FLOWS,
-    Member, Policy,
+    Binding, Config, Direction, Flow, FlowKey, Fragment, FragmentKey, FragmentSlot, Interface, Line, MAX_FLOWS, Member,
+    Policy,
 };
 use sg_common::addr::Address;
 use sg_common::judge::{Full, Memory, judge};

@@ -23,11 +23,8 @@ pub struct Usage {
 
 impl Usage {
     /// What the maps hold at most.
-    pub const CAPACITY: Self = Self {
-        policies: abi::MAX_POLICIES - 1,
-        references: abi::MAX_REFERENCES,
-        lines: abi::RULE_LINES,
-    };
+    pub const CAPACITY: Self =
+        Self { policies: abi::MAX_POLICIES - 1, references: abi::MAX_REFERENCES, lines: abi::RULE_LINES };
 
     /// What one policy takes up.
     pub fn of(compiled: &Compiled) -> Self {

@@ -259,7 +259,9 @@ impl Applier {
             scan.read::<u32, Policy>(self.maps.policies.map().fd(), most).map_err(cannot_read("POLICIES"))?;
         let bound: HashMap<u32, &Written> =
             self.bound.values().map(|bound| (bound.written.number, &bound.written)).collect();
-        let right = |id: u32| bound.get(&(id >> 1)).map_or(Policy::default(), |written| written.header(policies::direction(id)));
+        let right = |id: u32| {
+            bound.get(&(id >> 1)).map_or(Policy::default(), |written| written.header(policies::direction(id)))
+        };
         let wrong: Vec<(u32, Policy)> =
             entries.iter().filter(|&&(id, header)| right(id) != header).map(|&(id, _)| (id, right(id))).collect();
         for &(id, header) in &wrong {

@@ -181,7 +181,8 @@ fn many_networks_are_all_told_apart() {
         IpNet::new(address, if is_v4 { 32 } else { 128 }).expect("a prefix length")
     };
     let rule = |port: u16| {
-        let networks = (0..60_000).filter(|n| n % 20 == u32::from(port)).flat_map(|n| [network(n, true), network(n, false)]);
+        let networks =
+            (0..60_000).filter(|n| n % 20 == u32::from(port)).flat_map(|n| [network(n, true), network(n, false)]);
         allowance(&(Traffic::Tcp { from: port, to: port }, networks.collect(), true))
     };
     let tables = tables(&Spec::Groups(GroupSpec { ingress: (0..20).map(rule).collect(), egress: Vec::new() }));
