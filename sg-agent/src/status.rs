@@ -49,7 +49,7 @@ pub struct Status {
     /// dropped for want of room is among the interfaces' counters: `conntrack_allowance_exceeded`.
     pub conntrack_allowance_available: u32,
     /// What somebody else had changed in the kernel and was put right, since the start, by kind: `program_detached`,
-    /// `program_preceded`, `program_unpinned`, `map_altered`.
+    /// `program_preceded`, `program_unpinned`, `map_altered`, `gate_removed`.
     pub repairs: BTreeMap<String, u64>,
     /// What is enforced otherwise than somebody might expect.
     pub warnings: Vec<Warning>,

@@ -40,6 +40,8 @@ pub struct DetachReport {
     pub links: usize,
     /// Maps unpinned.
     pub maps: usize,
+    /// Whether the gate at bridges was opened.
+    pub gate: bool,
     /// What could not be removed, and why.
     pub errors: Vec<String>,
 }
@@ -189,6 +191,10 @@ impl Pins {
         let links = self.directory.join("links");
         report.links = report.remove_files(&links, remove_attachment);
         report.maps = report.remove_files(&self.directory, remove);
+        report.gate = self.open_bridges().unwrap_or_else(|error| {
+            report.fail("open the bridges of", &self.directory, &error);
+            false
+        });
         for directory in [&links, &self.directory] {
             match fs::remove_dir(directory) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => report.fail("remove", directory, &error),

@@ -39,6 +39,7 @@ use serde::Serialize;
 pub use self::attach_spec::{AttachError, AttachSpec};
 pub use self::publish::{PublishError, PublishSpec};
 pub use self::watch::watch;
+use self::links::Ports;
 use crate::model::{EniId, InstanceId, Warning};
 
 /// What to look at.
@@ -51,13 +52,15 @@ pub struct Options {
     pub docker_host: Option<String>,
     /// Links that Docker doesn't know.
     pub attach: Vec<AttachSpec>,
+    /// Whether somebody wants to know of the strangers among bridges' ports ([`Port::is_stranger`]).
+    pub ports: bool,
     /// [`watch`] asks for a scan at least this often. It covers what no event tells (see there).
     pub rescan: Duration,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { docker: true, docker_host: None, attach: Vec::new(), rescan: Duration::from_secs(10) }
+        Self { docker: true, docker_host: None, attach: Vec::new(), ports: false, rescan: Duration::from_secs(10) }
     }
 }
 
@@ -138,6 +141,21 @@ pub struct Discovered {
     pub links: BTreeSet<u32>,
     /// Those of them that have addresses, by which the host is reached.
     pub host_links: Vec<HostLink>,
+    /// Those of them that are a bridge's ports, if [`Options::ports`] asks.
+    pub ports: Vec<Port>,
+}
+
+/// A bridge's port.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Port {
+    /// The link.
+    pub link: Link,
+    /// The bridge's name.
+    pub bridge: String,
+    /// Whether it is known to be no instance's: a running container's that claims none, a link that no container can be
+    /// behind (a tap, hardware), or, where Docker isn't asked, one that no flag names. A veth whose other end is in no
+    /// running container may be that of one which is just being started.
+    pub is_stranger: bool,
 }
 
 /// A link by which this host is reached.
@@ -207,15 +225,20 @@ pub enum DiscoveryError {
 /// # Errors
 /// See [`DiscoveryError`]. A container that stops meanwhile is none: it just isn't in the result.
 pub async fn scan(options: &Options) -> Result<Discovered, DiscoveryError> {
-    let (containers, mut warnings, failure) = if options.docker {
-        match docker::claimed(options.docker_host.as_deref()).await {
-            Ok((containers, warnings)) => (containers, warnings, None),
-            Err(failure) => (Vec::new(), Vec::new(), Some(failure)),
+    let (mut running, mut failure) = (docker::Running::default(), None);
+    if options.docker {
+        match docker::running(options.docker_host.as_deref(), options.ports).await {
+            Ok(seen) => running = seen,
+            Err(failed) => failure = Some(failed),
         }
-    } else {
-        (Vec::new(), Vec::new(), None)
+    }
+    let docker::Running { claimed, others, mut warnings } = running;
+    let ports = match (options.ports, options.docker) {
+        (false, _) => Ports::Unasked,
+        (true, true) => Ports::Others(others),
+        (true, false) => Ports::Named,
     };
-    let mut discovered = links::resolve(containers, options.attach.clone()).await?;
+    let mut discovered = links::resolve(claimed, ports, options.attach.clone()).await?;
     discovered.warnings.append(&mut warnings);
     discovered.warnings.sort();
     discovered.warnings.dedup();
