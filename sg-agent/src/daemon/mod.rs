@@ -376,6 +376,7 @@ impl Daemon {
 
     fn look(&mut self, looked: Looked) {
         self.view.take(looked);
+        self.view.discovered.find_hidden(self.applier.earlier_links());
         if let Origins::File(_) = self.pollers.origins {
             // One file is all accounts and regions.
             for attachment in &mut self.view.discovered.attachments {

@@ -227,8 +227,13 @@ impl Picture {
         if exits.is_empty() {
             self.warn(owner, "it has no link out of its network namespace".to_owned());
         }
-        let endpoints = members.iter().flat_map(|member| &member.endpoints).cloned().collect();
-        let endpoints = assign(&exits, inside, endpoints);
+        let given: Vec<Endpoint> = members.iter().flat_map(|member| &member.endpoints).cloned().collect();
+        let endpoints = assign(&exits, inside, given.clone());
+        let origin = Origin::Docker {
+            container: owner.id.clone(),
+            name: owner.name.clone(),
+            convention: owner.claim.system,
+        };
         for (device_index, (row, endpoint)) in exits.into_iter().zip(endpoints).enumerate() {
             let (link, _) = match other_end(row, &self.host, id) {
                 Ok(ends) => ends,
@@ -264,14 +269,27 @@ impl Picture {
                 addresses,
                 networks: inside.networks_of(row.index),
                 gateways,
-                origin: Origin::Docker {
-                    container: owner.id.clone(),
-                    name: owner.name.clone(),
-                    convention: owner.claim.system,
-                },
+                origin: origin.clone(),
                 publish: std::mem::take(&mut publish),
             });
         }
+        let is_found = |endpoint: &&Endpoint| self.found.attachments.iter().any(|found| found.mac == endpoint.mac);
+        let missing = given.iter().filter(|endpoint| !is_found(endpoint)).map(|endpoint| Attachment {
+            instance: owner.claim.instance.clone(),
+            account: owner.claim.account.clone(),
+            region: owner.claim.region.clone(),
+            eni: None,
+            device_index: 0,
+            link: Link { ifindex: 0, name: String::new() },
+            mac: endpoint.mac,
+            addresses: Vec::new(),
+            networks: Vec::new(),
+            gateways: Vec::new(),
+            origin: origin.clone(),
+            publish: Vec::new(),
+        });
+        let missing: Vec<Attachment> = missing.collect();
+        self.found.missing.extend(missing);
     }
 
     /// Leaves of the next hops the host's own, and adds the host's addresses on the link's segment.

@@ -27,7 +27,7 @@ mod publish;
 mod search;
 mod watch;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -143,6 +143,9 @@ pub struct Discovered {
     pub host_links: Vec<HostLink>,
     /// Those of them that are a bridge's ports, if [`Options::ports`] asks.
     pub ports: Vec<Port>,
+    /// The interfaces that Docker gave to containers, and no link was found for: what each would be, without its link.
+    #[serde(skip)]
+    pub missing: Vec<Attachment>,
 }
 
 /// A bridge's port.
@@ -172,6 +175,29 @@ pub struct HostLink {
 }
 
 impl Discovered {
+    /// The same where there is no last picture, but `earlier` links, which an agent before this one enforced, with the MAC
+    /// addresses that it knew: whose other end is gone while a container misses an interface stays that container's. Which
+    /// of several it is matters little, as all are denied everything.
+    pub fn find_hidden(&mut self, mut earlier: BTreeMap<Link, Option<[u8; 6]>>) {
+        earlier.retain(|link, _| self.links.contains(&link.ifindex));
+        earlier.retain(|link, _| self.attachments.iter().all(|attachment| attachment.link != *link));
+        let mut hidden = Self { containers: self.containers.clone(), links: self.links.clone(), ..Self::default() };
+        let mut missing = self.missing.clone();
+        for is_it in [
+            (|known, mac| known == Some(mac)) as fn(Option<[u8; 6]>, [u8; 6]) -> bool,
+            |known, _| known.is_none_or(|known| known == OUT_OF_SIGHT),
+        ] {
+            missing.retain_mut(|attachment| {
+                let found = earlier.iter().find(|&(_, &known)| is_it(known, attachment.mac));
+                let Some(link) = found.map(|(link, _)| link.clone()) else { return true };
+                earlier.remove(&link);
+                hidden.attachments.push(Attachment { link, ..attachment.clone() });
+                false
+            });
+        }
+        self.keep_hidden(hidden);
+    }
+
     /// Keeps those links of the last picture whose container still runs, but whose other end isn't found in it any
     /// more: an instance that moves its end to where nobody sees it must not be rid of its rules by that.
     pub fn keep_hidden(&mut self, last: Self) {
@@ -247,5 +273,63 @@ pub async fn scan(options: &Options) -> Result<Discovered, DiscoveryError> {
         Some(docker::Failure { endpoint, cause }) => {
             Err(DiscoveryError::Docker { endpoint, cause: Box::new(cause), attached: Box::new(discovered) })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+    fn attachment(container: &str, mac: [u8; 6], link: Link) -> Attachment {
+        Attachment {
+            instance: InstanceId::from("i-1"),
+            account: None,
+            region: None,
+            eni: None,
+            device_index: 0,
+            link,
+            mac,
+            addresses: vec![IpAddr::from([10, 0, 0, 1])],
+            networks: Vec::new(),
+            gateways: Vec::new(),
+            origin: Origin::Docker { container: container.into(), name: container.into(), convention: "sg-agent" },
+            publish: Vec::new(),
+        }
+    }
+
+    fn link(ifindex: u32) -> Link {
+        Link { ifindex, name: format!("veth{ifindex}") }
+    }
+
+    /// Containers `a` and `b` run, `missing` have no link, and the links 1 to 5 are there.
+    fn found_hidden(missing: &[(&str, [u8; 6])], earlier: &[(u32, Option<[u8; 6]>)]) -> Vec<(u32, [u8; 6])> {
+        let none = || Link { ifindex: 0, name: String::new() };
+        let mut discovered = Discovered {
+            containers: ["a", "b"].map(str::to_owned).into(),
+            links: (1..=5).collect(),
+            attachments: vec![attachment("b", [9; 6], link(5))],
+            missing: missing.iter().map(|&(container, mac)| attachment(container, mac, none())).collect(),
+            ..Discovered::default()
+        };
+        discovered.find_hidden(earlier.iter().map(|&(index, mac)| (link(index), mac)).collect());
+        let hidden = discovered.attachments.iter().filter(|attachment| attachment.link.ifindex != 5);
+        assert_eq!(hidden.clone().count(), discovered.warnings.len(), "each is told");
+        assert!(hidden.clone().all(|attachment| attachment.addresses.is_empty()));
+        hidden.map(|attachment| (attachment.link.ifindex, attachment.mac)).collect()
+    }
+
+    #[test]
+    fn what_an_earlier_agent_enforced_and_is_out_of_sight_is_denied_everything() {
+        let a = [("a", MAC)];
+        assert_eq!(found_hidden(&a, &[(1, Some([7; 6])), (2, Some(MAC))]), [(2, OUT_OF_SIGHT)], "by its address");
+        assert_eq!(found_hidden(&a, &[(1, Some([7; 6])), (2, Some(OUT_OF_SIGHT))]), [(2, OUT_OF_SIGHT)], "hidden before");
+        assert_eq!(found_hidden(&a, &[(3, None)]), [(3, OUT_OF_SIGHT)], "of another layout");
+        assert_eq!(found_hidden(&[], &[(1, Some(MAC)), (2, None)]), [], "no container misses anything: a flag that is gone");
+        assert_eq!(found_hidden(&a, &[(1, Some([7; 6]))]), [], "another's");
+        assert_eq!(found_hidden(&a, &[(5, Some(MAC)), (6, Some(MAC))]), [], "attached, and gone");
+        let both = found_hidden(&[("a", MAC), ("b", [8; 6])], &[(1, None), (2, Some(MAC))]);
+        assert_eq!(both, [(1, OUT_OF_SIGHT), (2, OUT_OF_SIGHT)]);
     }
 }
