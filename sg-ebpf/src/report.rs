@@ -1,9 +1,9 @@
 //! P4: what is told of a verdict: counters, and with `--log-drops` a line for each drop. It changes nothing.
 
-use aya_ebpf::programs::TcContext;
 use aya_ebpf::bindings::BPF_RB_AVAIL_DATA;
-use aya_log_ebpf::macro_support::{AYA_LOGS, Level, level_enabled};
+use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
+use aya_log_ebpf::macro_support::{AYA_LOGS, Level, level_enabled};
 use sg_common::abi::{Count, Direction, ReasonKey};
 use sg_common::verdict::{self, Pass, Verdict};
 

@@ -127,9 +127,8 @@ impl Bridges {
             let is_enforced = |port: &&Port| snapshot.interfaces.contains_key(&port.link.ifindex);
             self.closed.extend(discovered.ports.iter().filter(is_enforced).map(|port| port.bridge.clone()));
         }
-        let is_attached = |port: &Port| {
-            snapshot.interfaces.get(&port.link.ifindex).is_some_and(|enforced| enforced.attached)
-        };
+        let is_attached =
+            |port: &Port| snapshot.interfaces.get(&port.link.ifindex).is_some_and(|enforced| enforced.attached);
         let (mut admitted, mut waiting) = (BTreeMap::new(), BTreeMap::new());
         for port in &discovered.ports {
             let Port { link, bridge, is_stranger } = port;

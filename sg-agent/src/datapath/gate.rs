@@ -114,8 +114,7 @@ impl Pins {
             for some in elements.chunks(ELEMENTS_AT_ONCE) {
                 let elements: Vec<u8> =
                     some.iter().flat_map(|key| nla(LIST_ELEMENT, &nla(ELEMENT_KEY, &nla(DATA_VALUE, key)))).collect();
-                let attributes =
-                    [text(ELEMENTS_TABLE, &table), text(ELEMENTS_SET, set), nla(ELEMENTS_LIST, &elements)];
+                let attributes = [text(ELEMENTS_TABLE, &table), text(ELEMENTS_SET, set), nla(ELEMENTS_LIST, &elements)];
                 messages.push(create(libc::NFT_MSG_NEWSETELEM, &attributes.concat()));
             }
         }
@@ -127,8 +126,12 @@ impl Pins {
         ];
         for (chain, hook, bridge, port) in sides {
             let hook = [number(HOOK_NUMBER, hook), number(HOOK_PRIORITY, PRIORITY as u32)].concat();
-            let attributes =
-                [text(CHAIN_TABLE, &table), text(CHAIN_NAME, chain), nla(CHAIN_HOOK, &hook), text(CHAIN_TYPE, "filter")];
+            let attributes = [
+                text(CHAIN_TABLE, &table),
+                text(CHAIN_NAME, chain),
+                nla(CHAIN_HOOK, &hook),
+                text(CHAIN_TYPE, "filter"),
+            ];
             messages.push(create(libc::NFT_MSG_NEWCHAIN, &attributes.concat()));
             let named = match reach {
                 Reach::Named => [meta(bridge), lookup("bridges", 0)].concat(),
@@ -136,8 +139,7 @@ impl Pins {
             };
             let others = [meta(port), lookup("ports", libc::NFT_LOOKUP_F_INV as u32)].concat();
             let expressions = [named, others, expression("counter", &[]), drop()].concat();
-            let attributes =
-                [text(RULE_TABLE, &table), text(RULE_CHAIN, chain), nla(RULE_EXPRESSIONS, &expressions)];
+            let attributes = [text(RULE_TABLE, &table), text(RULE_CHAIN, chain), nla(RULE_EXPRESSIONS, &expressions)];
             let flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_APPEND;
             messages.push(message(libc::NFT_MSG_NEWRULE, flags, &attributes.concat()));
         }

@@ -229,11 +229,8 @@ impl Picture {
         }
         let given: Vec<Endpoint> = members.iter().flat_map(|member| &member.endpoints).cloned().collect();
         let endpoints = assign(&exits, inside, given.clone());
-        let origin = Origin::Docker {
-            container: owner.id.clone(),
-            name: owner.name.clone(),
-            convention: owner.claim.system,
-        };
+        let origin =
+            Origin::Docker { container: owner.id.clone(), name: owner.name.clone(), convention: owner.claim.system };
         for (device_index, (row, endpoint)) in exits.into_iter().zip(endpoints).enumerate() {
             let (link, _) = match other_end(row, &self.host, id) {
                 Ok(ends) => ends,

@@ -37,9 +37,9 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 pub use self::attach_spec::{AttachError, AttachSpec};
+use self::links::Ports;
 pub use self::publish::{PublishError, PublishSpec};
 pub use self::watch::watch;
-use self::links::Ports;
 use crate::model::{EniId, InstanceId, Warning};
 
 /// What to look at.
@@ -183,10 +183,9 @@ impl Discovered {
         earlier.retain(|link, _| self.attachments.iter().all(|attachment| attachment.link != *link));
         let mut hidden = Self { containers: self.containers.clone(), links: self.links.clone(), ..Self::default() };
         let mut missing = self.missing.clone();
-        for is_it in [
-            (|known, mac| known == Some(mac)) as fn(Option<[u8; 6]>, [u8; 6]) -> bool,
-            |known, _| known.is_none_or(|known| known == OUT_OF_SIGHT),
-        ] {
+        for is_it in [(|known, mac| known == Some(mac)) as fn(Option<[u8; 6]>, [u8; 6]) -> bool, |known, _| {
+            known.is_none_or(|known| known == OUT_OF_SIGHT)
+        }] {
             missing.retain_mut(|attachment| {
                 let found = earlier.iter().find(|&(_, &known)| is_it(known, attachment.mac));
                 let Some(link) = found.map(|(link, _)| link.clone()) else { return true };
@@ -324,9 +323,17 @@ mod tests {
     fn what_an_earlier_agent_enforced_and_is_out_of_sight_is_denied_everything() {
         let a = [("a", MAC)];
         assert_eq!(found_hidden(&a, &[(1, Some([7; 6])), (2, Some(MAC))]), [(2, OUT_OF_SIGHT)], "by its address");
-        assert_eq!(found_hidden(&a, &[(1, Some([7; 6])), (2, Some(OUT_OF_SIGHT))]), [(2, OUT_OF_SIGHT)], "hidden before");
+        assert_eq!(
+            found_hidden(&a, &[(1, Some([7; 6])), (2, Some(OUT_OF_SIGHT))]),
+            [(2, OUT_OF_SIGHT)],
+            "hidden before"
+        );
         assert_eq!(found_hidden(&a, &[(3, None)]), [(3, OUT_OF_SIGHT)], "of another layout");
-        assert_eq!(found_hidden(&[], &[(1, Some(MAC)), (2, None)]), [], "no container misses anything: a flag that is gone");
+        assert_eq!(
+            found_hidden(&[], &[(1, Some(MAC)), (2, None)]),
+            [],
+            "no container misses anything: a flag that is gone"
+        );
         assert_eq!(found_hidden(&a, &[(1, Some([7; 6]))]), [], "another's");
         assert_eq!(found_hidden(&a, &[(5, Some(MAC)), (6, Some(MAC))]), [], "attached, and gone");
         let both = found_hidden(&[("a", MAC), ("b", [8; 6])], &[(1, None), (2, Some(MAC))]);

@@ -47,15 +47,16 @@ fn attached(host: &Namespace) -> Vec<Attached> {
         };
         let mut seen: BTreeMap<u32, usize> = BTreeMap::new();
         let found = HOOKS.map(of);
-        found.map(|(program, tag)| {
-            // One program is on two links: they are told in the order of their numbers.
-            let mut links = links_of(program);
-            links.sort_unstable();
-            let place = seen.entry(program).or_default();
-            *place += 1;
-            Attached { program, tag, link: links[*place - 1] }
-        })
-        .to_vec()
+        found
+            .map(|(program, tag)| {
+                // One program is on two links: they are told in the order of their numbers.
+                let mut links = links_of(program);
+                links.sort_unstable();
+                let place = seen.entry(program).or_default();
+                *place += 1;
+                Attached { program, tag, link: links[*place - 1] }
+            })
+            .to_vec()
     })
 }
 
@@ -213,4 +214,19 @@ fn another_layout_takes_over_atomically_and_cuts_no_connection() {
         assert!(of_layout(lab, own) >= 6);
         assert_eq!(of_layout(lab, others), 0, "what can't be gone on with is gone");
     });
+}
+
+/// A file that has the right name, and isn't what it says: nothing is gone on with, and nothing opens.
+#[test]
+fn a_map_that_does_not_fit_is_not_adopted() {
+    let mut lab = lab();
+    let mut stream = lab.stream("a", "b", 22);
+    lab.agent.stop();
+    let pin = |name: &str| lab.agent.bpffs().join(format!("{name}-v{LAYOUT}"));
+    fs::rename(pin("tracked"), pin("flows")).expect("a pin that can be renamed");
+    lab.agent.start().wait();
+    lab.agent.logged(&["flows-v", "no map of this layout"]);
+    stream.goes_on_when_spoken_to();
+    lab.udp("a", "b", 5000)[0].passes();
+    lab.udp("a", "b", 5001)[0].vanishes();
 }
