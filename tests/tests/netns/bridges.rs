@@ -70,6 +70,8 @@ fn flooded_by_b<T>(lab: &Lab, then: impl FnOnce() -> T) -> T {
             c.v4,
             mac(c.mac)
         ));
+        // What the host's end says of itself passes no bridge.
+        lab.world.host.sysctl(&format!("net/ipv6/conf/{}/disable_ipv6", b.link), "1");
         lab.world.host.ip(&format!("link set {0} master br0\nlink set {0} up", b.link));
         then()
     })

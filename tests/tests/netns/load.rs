@@ -32,10 +32,15 @@ pub struct Load {
     /// Words that long connections brought back.
     words: AtomicU64,
     /// Whether who gets no answer speaks again.
-    pub speaks_again: bool,
+    speaks_again: bool,
 }
 
 impl Load {
+    /// One in which who gets no answer speaks again.
+    pub fn that_speaks_again() -> Self {
+        Self { speaks_again: true, ..Self::default() }
+    }
+
     fn run(&self, count: &AtomicU64, mut once: impl FnMut()) {
         while !self.end.load(SeqCst) {
             once();
@@ -192,7 +197,7 @@ fn restarts_and_flips_lose_nothing_and_let_nothing_through() {
 #[test]
 fn an_upgrade_to_another_layout_cuts_no_connection() {
     let mut lab = lab();
-    let load = Load { speaks_again: true, ..Load::default() };
+    let load = Load::that_speaks_again();
     under_load(&mut lab, load, |lab, _| {
         lab.agent.kill();
         let pins = lab.agent.bpffs().to_owned();

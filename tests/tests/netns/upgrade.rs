@@ -208,7 +208,7 @@ impl Drop for Remove {
 #[test]
 #[ignore = "needs TCX (Linux 6.6 or later): links and their programs are asked for by it"]
 fn another_layout_takes_over_atomically_and_cuts_no_connection() {
-    let load = Load { speaks_again: true, ..Load::default() };
+    let load = Load::that_speaks_again();
     upgrade(load, &another_layout(), |lab, is_other| {
         let (own, others) = if is_other { (1_000, LAYOUT) } else { (LAYOUT, 1_000) };
         assert!(of_layout(lab, own) >= 6);
