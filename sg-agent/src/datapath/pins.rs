@@ -98,8 +98,7 @@ impl Pins {
     /// A file that has the name of a map of this layout, and not its size.
     fn misfit(&self) -> Option<PathBuf> {
         let is_misfit = |path: &Path, size| {
-            let info =
-                MapInfo::from_pin(path).and_then(|map| Ok((map.key_size(), map.value_size(), map.max_entries())));
+            let info = MapInfo::from_pin(path).map(|map| (map.key_size(), map.value_size(), map.max_entries()));
             path.exists() && !info.is_ok_and(|found| found == size)
         };
         self.maps().find(|(path, size)| is_misfit(path, *size)).map(|(path, _)| path)

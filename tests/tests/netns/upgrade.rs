@@ -1,7 +1,6 @@
 //! Upgrades under load: an agent whose programs are others, or whose maps have another layout, takes over from an agent
 //! that enforces, and gives back to it. Old and new are told apart by what the kernel says of them.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -14,12 +13,12 @@ use tests::e2e::{Lab, Namespace, another_layout, binary};
 
 use crate::load::{Load, lab, under_load};
 
-/// What is on one side of a link: the program's number, what it is made of, and the number of what holds it there.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// What is on one side of a link: the program's number, what it is made of, and the numbers of the links that hold it.
+#[derive(Clone, PartialEq, Eq, Debug)]
 struct Attached {
     program: u32,
     tag: u64,
-    link: u32,
+    links: Vec<u32>,
 }
 
 /// The hooks of both instances.
@@ -32,32 +31,21 @@ const HOOKS: [(&str, TcAttachType); 4] = [
 
 /// What is on each hook.
 fn attached(host: &Namespace) -> Vec<Attached> {
-    let links: BTreeMap<u32, u32> =
-        loaded_links().filter_map(Result::ok).map(|link| (link.program_id(), link.id())).collect();
-    let links_of = |program: u32| -> Vec<u32> {
-        let all = loaded_links().filter_map(Result::ok);
-        all.filter(|link| link.program_id() == program).map(|link| link.id()).collect()
-    };
-    assert!(!links.is_empty());
-    host.run(|| {
-        let of = |(link, side)| {
+    let found = host.run(|| {
+        HOOKS.map(|(link, side)| {
             let (_, programs) = SchedClassifier::query_tcx(link, side).expect("a link that can be asked");
             let [program] = &programs[..] else { panic!("{} programs on {link}", programs.len()) };
             (program.id(), program.tag())
-        };
-        let mut seen: BTreeMap<u32, usize> = BTreeMap::new();
-        let found = HOOKS.map(of);
-        found
-            .map(|(program, tag)| {
-                // One program is on two links: they are told in the order of their numbers.
-                let mut links = links_of(program);
-                links.sort_unstable();
-                let place = seen.entry(program).or_default();
-                *place += 1;
-                Attached { program, tag, link: links[*place - 1] }
-            })
-            .to_vec()
-    })
+        })
+    });
+    let with_links = found.map(|(program, tag)| {
+        let all = loaded_links().filter_map(Result::ok);
+        let mut links: Vec<u32> = all.filter(|link| link.program_id() == program).map(|link| link.id()).collect();
+        links.sort_unstable();
+        assert_eq!(links.len(), 2, "each program is on both instances' links");
+        Attached { program, tag, links }
+    });
+    with_links.to_vec()
 }
 
 /// Looks again and again, for as long as something else goes on, whether each hook has a program. How often it looked.
@@ -109,7 +97,7 @@ fn upgrade(load: Load, other: &Path, check: impl Fn(&Lab, bool)) {
             for (old, new) in before.iter().zip(attached(&lab.world.host)) {
                 assert_ne!(old.program, new.program);
                 assert_ne!(old.tag, new.tag, "it is made of other instructions");
-                assert_eq!(old.link, new.link, "the link was updated, not made anew");
+                assert_eq!(old.links, new.links, "the links were updated, not made anew");
             }
             check(lab, is_other);
         });
