@@ -26,8 +26,8 @@ const TESTS: &str = "tests";
 const NORM: &str = "kernel_norm";
 /// Of the set 'netns' what is run there when nothing else is asked for: rules with real traffic, and what is done
 /// differently without TCX.
-const SLOW_NETNS: [&str; 6] =
-    ["rules::", "restart::a_killed", "restart::a_fresh", "restart::detach", "tampering::a_qdisc", "bridges::nothing"];
+const SLOW_NETNS: [&str; 5] =
+    ["rules::", "restart::a_killed", "restart::a_fresh", "restart::detach", "tampering::a_qdisc"];
 /// How many packets the property tests judge where every instruction is emulated.
 const SLOW_VERDICTS: &str = "2000";
 
