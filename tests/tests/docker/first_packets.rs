@@ -1,10 +1,7 @@
 //! What a container sends from its first instruction on, before anybody can have looked at it.
 
 use std::fs;
-use std::panic::resume_unwind;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tests::e2e::{Namespace, wait_for};
 
@@ -22,20 +19,6 @@ fn echoes(namespace: &Namespace) -> u64 {
     found.expect("echoes are counted").1.parse().expect("a number")
 }
 
-/// Echo requests that come to a namespace until the end, and the time from the first to the last of them.
-fn watched(namespace: &Namespace, end: &AtomicBool) -> (u64, Duration) {
-    let (mut came, mut times) = (0, Vec::new());
-    while !end.load(SeqCst) {
-        let now = echoes(namespace);
-        if now > came {
-            (came, times) = (now, [times, vec![Instant::now()]].concat());
-        }
-        thread::sleep(Duration::from_millis(1));
-    }
-    let during = times.first().zip(times.last()).map(|(first, last)| last.duration_since(*first));
-    (echoes(namespace), during.unwrap_or_default())
-}
-
 /// An instance, a stranger, and then an instance that pings the stranger as soon as it runs.
 fn pinged(arguments: &[&str]) -> (Stage, Namespace, u64) {
     let mut stage = Stage::new();
@@ -45,26 +28,22 @@ fn pinged(arguments: &[&str]) -> (Stage, Namespace, u64) {
     let ping = format!("while :; do /bin/busybox ping -c 1 -W 1 {}; done", stranger.v4(&stage.network));
     let label = format!("dev.sg-agent.instance-id={UNKNOWN}");
     let options = ["--network", &stage.network.name, "--label", &label];
-    let (namespace, end) = (stranger.namespace(), AtomicBool::new(false));
-    let (came, during) = thread::scope(|scope| {
-        let seen = scope.spawn(|| watched(&namespace, &end));
-        let early: Host =
-            stage.host(UNKNOWN.to_owned(), stage.docker.run("early", &options, &["/bin/sh", "-c", &ping]));
-        wait_for("its packets are judged", || {
-            let status = stage.agent.status();
-            let interfaces = status["interfaces"].as_array()?;
-            let interface = interfaces.iter().find(|one| one["instance"] == UNKNOWN && one["attached"] == true)?;
-            (interface["counters"]["egress"]["no_rule"]["packets"].as_u64()? > 1).then_some(())
-        });
-        end.store(true, SeqCst);
-        drop(early);
-        seen.join().unwrap_or_else(|panic| resume_unwind(panic))
+    let began = Instant::now();
+    let early = stage.docker.run("early", &options, &["/bin/sh", "-c", &ping]);
+    let early: Host = stage.host(UNKNOWN.to_owned(), early);
+    wait_for("its packets are judged", || {
+        let status = stage.agent.status();
+        let interfaces = status["interfaces"].as_array()?;
+        let interface = interfaces.iter().find(|one| one["instance"] == UNKNOWN && one["attached"] == true)?;
+        (interface["counters"]["egress"]["no_rule"]["packets"].as_u64()? > 1).then_some(())
     });
-    println!("{came} echo requests came, during {during:?}");
+    let (namespace, took) = (stranger.namespace(), began.elapsed());
+    let came = echoes(&namespace);
+    println!("{came} echo requests came, {took:?} after 'docker run' at the latest");
     // Who is nobody's instance is let through.
     let other = stage.docker.run("other", &["--network", &stage.network.name], tests::e2e::IDLE);
     tests::e2e::Attempt::ping(&other.namespace(), stranger.v4(&stage.network)).passes();
-    drop(first);
+    drop((first, early));
     (stage, namespace, came)
 }
 
