@@ -109,14 +109,7 @@ fn sources(page: &mut Page, sources: &[SourceStatus]) -> fmt::Result {
 
 fn tables(page: &mut Page, status: &Status) -> fmt::Result {
     let by_table = |usage: &Usage| {
-        [
-            ("policies", usage.policies),
-            ("prefixes4", usage.prefixes4),
-            ("prefixes6", usage.prefixes6),
-            ("ports", usage.ports),
-            ("references", usage.references),
-            ("matrix_words", usage.matrix_words),
-        ]
+        [("policies", usage.policies), ("references", usage.references), ("lines", usage.lines)]
         .map(|(table, entries)| (vec![("table", table.to_owned())], ConstGauge::new(u64::from(entries))))
     };
     page.family("table_entries", "What the rule maps hold", by_table(&status.usage))?;

@@ -3,11 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use aya::Ebpf;
-use aya::maps::lpm_trie::LpmTrie;
 use aya::maps::{Array, HashMap, IterableMap as _, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use sg_common::abi::{
-    self, Cidr4Key, Cidr6Key, Config, Count, Direction, ExemptKey, Flow, FlowKey, Fragment, FragmentSlot, Interface,
-    Member, MemberKey, OwnKey, Policy, PortKey, PublishedKey, PublishedPort, ReasonKey, ReferenceKey,
+    self, Config, Count, Direction, ExemptKey, Flow, FlowKey, Fragment, FragmentSlot, Interface, LINE_WORDS, Member,
+    MemberKey, OwnKey, Policy, PublishedKey, PublishedPort, ReasonKey, ReferenceKey,
 };
 use sg_common::verdict::Pass;
 
@@ -27,16 +26,10 @@ pub struct Maps {
     pub(super) bindings_map: MapData,
     /// Policies' headers.
     pub policies: Array<MapData, Policy>,
-    /// Rows by IPv4 prefix.
-    pub cidrs4: LpmTrie<MapData, Cidr4Key, u32>,
-    /// Rows by IPv6 prefix.
-    pub cidrs6: LpmTrie<MapData, Cidr6Key, u32>,
-    /// Columns by protocol and port prefix.
-    pub ports: LpmTrie<MapData, PortKey, u32>,
-    /// Cells.
-    pub matrix: MappedWords,
-    /// The map behind `matrix`: programs that are loaded later refer to it.
-    _matrix_map: MapData,
+    /// What the headers lead to: lines of [`abi::LINE_WORDS`] words.
+    pub rules: MappedWords,
+    /// The map behind `rules`: programs that are loaded later refer to it.
+    _rules_map: MapData,
     /// Rows by group.
     pub references: HashMap<MapData, ReferenceKey, u32>,
     /// Groups by address.
@@ -71,7 +64,7 @@ impl Maps {
             ebpf.take_map(name).and_then(|map| map.try_into().ok()).ok_or(DatapathError::Map(name))
         }
         let bindings_map = array(ebpf, "BINDINGS")?;
-        let matrix_map = array(ebpf, "MATRIX")?;
+        let rules_map = array(ebpf, "RULES")?;
         Ok(Self {
             writes: 0,
             config: typed(ebpf, "CONFIG")?,
@@ -79,11 +72,8 @@ impl Maps {
             bindings: mapped(&bindings_map, "BINDINGS", abi::MAX_BINDINGS)?,
             bindings_map,
             policies: typed(ebpf, "POLICIES")?,
-            cidrs4: typed(ebpf, "CIDRS4")?,
-            cidrs6: typed(ebpf, "CIDRS6")?,
-            ports: typed(ebpf, "PORTS")?,
-            matrix: mapped(&matrix_map, "MATRIX", abi::MATRIX_WORDS)?,
-            _matrix_map: matrix_map,
+            rules: mapped(&rules_map, "RULES", abi::RULE_LINES * LINE_WORDS as u32)?,
+            _rules_map: rules_map,
             references: typed(ebpf, "REFERENCES")?,
             members: typed(ebpf, "MEMBERS")?,
             secondaries: typed(ebpf, "SECONDARIES")?,

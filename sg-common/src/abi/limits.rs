@@ -1,6 +1,7 @@
 //! How much each map holds. Who is refused, and what for, is told where it is written.
 
-use super::ANOTHER;
+use super::{ANOTHER, Line};
+use crate::ranges::{Key, lines_of};
 
 /// Interfaces that one agent can hold (the norm's 1,000 instances, with room for second interfaces).
 pub const MAX_INTERFACES: u32 = 2_048;
@@ -8,14 +9,23 @@ pub const MAX_INTERFACES: u32 = 2_048;
 pub const MAX_POLICIES: u32 = 4_096;
 /// Distinct group sets (and network ACLs) in use at once.
 pub const MAX_BINDINGS: u32 = 4_096;
-/// CIDR prefixes of all policies together, for each family.
-pub const MAX_PREFIXES: u32 = 262_144;
-/// Port prefixes of all policies together.
-pub const MAX_PORTS: u32 = 524_288;
 /// Group references of all policies together.
 pub const MAX_REFERENCES: u32 = 131_072;
-/// Words of 32 cells that all policies' matrices share (32 MiB).
-pub const MATRIX_WORDS: u32 = 4_194_304;
+/// Lines of 64 bytes that all policies share, for their search trees and matrices (56 MiB).
+pub const RULE_LINES: u32 = 917_504;
+// Room, all at once, for matrices of 32 MiB, 262,144 scattered networks of either family and 524,288 scattered ports; and
+// in each direction of each policy for what its three trees and its matrix don't fill.
+const _: () = assert!(
+    RULE_LINES as usize
+        >= (32 << 20) / size_of::<Line>()
+            + lines_of::<u32>(2 * 262_144 + 1)
+            + lines_of::<u128>(2 * 262_144 + 1)
+            + lines_of::<u32>(2 * 524_288 + 1)
+            + 2 * MAX_POLICIES as usize * 6
+);
+// No tree of more ranges than its levels reach fits.
+const _: () = assert!(lines_of::<u32>(1 << (u32::LEVELS * u32::NODE_BITS)) > RULE_LINES as usize);
+const _: () = assert!(lines_of::<u128>(1 << (u128::LEVELS * u128::NODE_BITS)) > RULE_LINES as usize);
 /// Addresses of group members, counted once for each VPC that can refer to them.
 pub const MAX_MEMBERS: u32 = 65_536;
 /// Own addresses of all interfaces beyond the primary ones.
