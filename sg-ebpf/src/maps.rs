@@ -38,6 +38,9 @@ static PUBLISHED: HashMap<PublishedKey, PublishedPort> = HashMap::with_max_entri
 /// Packets to published ports that were denied before the proxy heard of them, by the port's number.
 #[map]
 pub static DENIED: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_PUBLISHED_PORTS, 0);
+/// Lines of the drop log that there was no room for.
+#[map]
+pub static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(MAX_FLOWS, 0);
 #[map]

@@ -1,6 +1,6 @@
 //! How much each map holds. Who is refused, and what for, is told where it is written.
 
-use super::Line;
+use super::{ANOTHER, Line};
 use crate::ranges::{Key, lines_of};
 
 /// Interfaces that one agent can hold (the norm's 1,000 instances, with room for second interfaces).
@@ -33,14 +33,14 @@ pub const MAX_SECONDARIES: u32 = 65_536;
 /// Exempt services, counted once for each VPC.
 pub const MAX_EXEMPT: u32 = 16_384;
 /// Tracked flows. At this limit new ones are dropped (SG-3.6).
-pub const MAX_FLOWS: u32 = 262_144;
+pub const MAX_FLOWS: u32 = if ANOTHER { 131_072 } else { 262_144 };
 /// Tracked flows of one interface, unless the agent is told otherwise ([`super::Config::allowance`]): an eighth of the
 /// table, so that one instance that floods leaves seven eighths to the others. More than Linux has ephemeral ports
 /// (28,232).
 pub const DEFAULT_ALLOWANCE: u32 = MAX_FLOWS / 8;
 /// Fragmented packets under way for each interface and direction; an older one with the same slot gives way, and its
 /// rest is dropped (SG-3.8). No interface takes another's.
-pub const FRAGMENT_SLOTS: u32 = 32;
+pub const FRAGMENT_SLOTS: u32 = if ANOTHER { 16 } else { 32 };
 /// Fragmented packets under way.
 pub const MAX_FRAGMENTS: u32 = MAX_INTERFACES * 2 * FRAGMENT_SLOTS;
 /// (interface, direction, reason) triples that are counted.

@@ -8,6 +8,7 @@ use ipnet::{IpNet, Ipv4Net};
 use sg_agent::apply::{Applier, ApplyError, Snapshot};
 use sg_agent::datapath::Datapath;
 use sg_agent::decide;
+use sg_agent::exempt::Service;
 use sg_agent::model::{GroupId, InstanceId, Peer, PrefixListId, RuleId, Scope, Traffic};
 use sg_agent::resolve::{Allowance, Desired, GroupSpec, Interface, Membership, Peers, PolicyKey, Spec};
 use sg_common::abi::{self, Config, Direction};
@@ -187,6 +188,53 @@ pub fn more_interfaces_than_fit_are_refused_whole() {
         let error = applier.apply(&state, true).expect_err("one interface too many");
         assert!(matches!(error, ApplyError::Capacity { what: "interfaces", .. }), "{error}");
         assert_eq!(applier.snapshot().generation, snapshot.generation);
+    });
+}
+
+#[test]
+pub fn more_policies_than_fit_are_refused_whole() {
+    isolated(|| {
+        let mut applier = applier();
+        // One binding is nobody's.
+        let most = abi::MAX_BINDINGS - 1;
+        let policies = |count: u32, port: u16| -> BTreeMap<PolicyKey, Arc<Spec>> {
+            (0..count).map(|n| (key(n), groups(vec![rule(port, n, 1)]))).collect()
+        };
+        // A policy that changes is there twice for a moment: half of them may all do so at once.
+        applier.apply(&desired(policies(most / 2, 22)), true).expect("half of what fits");
+        let half = applier.apply(&desired(policies(most / 2, 23)), true).expect("each once more");
+        assert_eq!((ask(&half, 0, 22), ask(&half, 0, 23)), (Match::None, Match::Narrow));
+        let snapshot = applier.apply(&desired(policies(most, 23)), true).expect("as many as fit");
+        assert_eq!(ask(&snapshot, 0, 23), Match::Narrow);
+        for (over, of) in [(policies(most + 1, 23), "group sets and network ACLs"), (policies(most, 24), "policies")] {
+            let error = applier.apply(&desired(over), true).expect_err("more than fit");
+            assert!(matches!(error, ApplyError::Capacity { what, .. } if what == of), "{error}");
+            let after = applier.snapshot();
+            assert_eq!((after.generation, after.usage), (snapshot.generation, snapshot.usage), "nothing has changed");
+            assert_eq!((ask(&after, 0, 23), ask(&after, 0, 24)), (Match::Narrow, Match::None));
+        }
+    });
+}
+
+#[test]
+pub fn more_own_addresses_and_services_than_fit_are_refused_whole() {
+    isolated(|| {
+        let mut applier = applier();
+        let state = desired(BTreeMap::from([(key(0), groups(vec![rule(22, 0, 1)]))]));
+        let snapshot = applier.apply(&state, true).expect("a thousand instances fit");
+        let mut addresses = state.clone();
+        let first = addresses.interfaces.get_mut(&1_000_000).expect("the first interface");
+        first.addresses.extend((0..abi::MAX_SECONDARIES).map(|n| IpAddr::from((0x0b00_0000 + n).to_be_bytes())));
+        let mut services = state.clone();
+        services.exempt = (0..=abi::MAX_EXEMPT)
+            .map(|n| (1, Service { address: IpAddr::from((0x0b00_0000 + n).to_be_bytes()), port: 53, protocol: TCP }))
+            .collect();
+        for (over, of) in [(addresses, "own addresses"), (services, "exempt services")] {
+            let error = applier.apply(&over, true).expect_err(of);
+            assert!(matches!(error, ApplyError::Capacity { what, .. } if what == of), "{error}");
+            assert_eq!(applier.snapshot().generation, snapshot.generation);
+            assert_eq!(applier.maps().secondaries.keys().count() + applier.maps().exempt.keys().count(), 0);
+        }
     });
 }
 
