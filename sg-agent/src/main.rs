@@ -15,6 +15,7 @@ use sg_agent::conntrack_settings::timeouts;
 use sg_agent::daemon::{self, LockError, NotRunning, Options, Origins, Places, Reply, Request, ask};
 use sg_agent::datapath::Pins;
 use sg_agent::exempt::Service;
+use sg_agent::explain::Party;
 use sg_agent::source::Ec2Options;
 use sg_agent::status::PublishedPort;
 use sg_agent::{discovery, explain, gateway, launcher, proxy, render, resolve, source};
@@ -95,6 +96,8 @@ fn options(places: Places, args: RunArgs) -> Result<Options> {
         bail!("needs root to load eBPF programs and enter network namespaces; run it with sudo");
     }
     let origins = match args.rules {
+        // One that comes to be unreadable later is waited for; a name that is nothing's is a mistyped one.
+        Some(file) if !file.exists() => bail!("--rules {}: there is no such file", file.display()),
         Some(file) => Origins::File(file),
         None => Origins::Endpoint(Ec2Options {
             endpoint: args.endpoint_url,
@@ -210,14 +213,22 @@ async fn explain_packet(places: &Places, args: ExplainArgs) -> Result<ExitCode> 
         (ICMPV6, _, kind) => kind.unwrap_or(128 << 8),
         _ => 0,
     };
-    let query = explain::Query {
-        instance: args.to,
-        peer: args.from,
-        protocol: args.proto,
-        port,
-        egress: args.egress,
-        live: args.live,
+    let (instance, peer, egress) = match (args.from, args.to) {
+        (Party::Instance(sender), to @ Party::Address(_)) => (sender, to, true),
+        (from, Party::Instance(receiver)) if !args.egress => (receiver, from, false),
+        (Party::Instance(_), Party::Instance(_)) => {
+            bail!(
+                "both ends are instances, and both gates are asked: leave --egress out, or name the receiver by its address"
+            )
+        }
+        (Party::Address(from), _) if args.egress => {
+            bail!(
+                "--egress asks the rules of the instance that sends, but --from {from} is none: name that by --from, and where it sends to by --to"
+            )
+        }
+        (Party::Address(_), _) => bail!("neither --from nor --to is an instance: whose rules are asked?"),
     };
+    let query = explain::Query { instance, peer, protocol: args.proto, port, egress, live: args.live };
     let Reply::Explanation(explanation) = ask(&places.socket(), &Request::Explain(query)).await? else {
         bail!("the agent gave no explanation")
     };

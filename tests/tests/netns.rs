@@ -27,6 +27,8 @@ mod rules;
 mod spoofing;
 #[path = "netns/tampering.rs"]
 mod tampering;
+#[path = "netns/unit.rs"]
+mod unit;
 
 use std::panic::resume_unwind;
 use std::thread;

@@ -71,6 +71,18 @@ pub enum ApplyError {
     Datapath(#[from] DatapathError),
 }
 
+impl ApplyError {
+    /// The same once more, where the same change would meet it again.
+    fn again(&self) -> Option<Self> {
+        match self {
+            &Self::Capacity { what, needed, capacity } => Some(Self::Capacity { what, needed, capacity }),
+            Self::Compile { policy, error } => Some(Self::Compile { policy: policy.clone(), error: error.clone() }),
+            &Self::Member { address, groups } => Some(Self::Member { address, groups }),
+            Self::Datapath(_) => None,
+        }
+    }
+}
+
 /// Writes the rule maps.
 #[derive(Debug)]
 pub struct Applier {
@@ -92,6 +104,10 @@ pub struct Applier {
     /// What `SECONDARIES` holds.
     secondaries: BTreeSet<(u32, IpAddr)>,
     retired: Vec<Written>,
+    /// Slots of policies that nobody has any more.
+    vacated: Vec<u32>,
+    /// Whether programs may be running that began before the last change.
+    unsettled: bool,
     published: Published,
     /// What the maps are held against; none since they last changed.
     audit: Option<verify::Audit>,
@@ -99,6 +115,8 @@ pub struct Applier {
     snapshot: Arc<Snapshot>,
     /// What was last brought about; none while a change is under way, or after one that failed.
     last: Option<Desired>,
+    /// What was refused since then, and why: clients who have rules read anew would have it compiled each time.
+    refused: Option<(Desired, ApplyError)>,
     started: bool,
 }
 
@@ -130,11 +148,14 @@ impl Applier {
             entries: BTreeMap::new(),
             secondaries: BTreeSet::new(),
             retired: Vec::new(),
+            vacated: Vec::new(),
+            unsettled: false,
             published: Published::default(),
             audit: None,
             epoch,
             snapshot: Arc::default(),
             last: None,
+            refused: None,
             started: false,
         }
     }
@@ -164,6 +185,17 @@ impl Applier {
         if self.is_enforced(desired) {
             return Ok(self.snapshot());
         }
+        let refused = self.refused.as_ref().filter(|(refused, _)| refused == desired && self.is_hooked(desired));
+        if let Some(error) = refused.and_then(|(_, error)| error.again()) {
+            return Err(error);
+        }
+        let applied = self.bring_about(desired, complete);
+        let refusal = applied.as_ref().err().and_then(ApplyError::again).filter(|_| complete || self.started);
+        self.refused = refusal.map(|error| (desired.clone(), error));
+        applied
+    }
+
+    fn bring_about(&mut self, desired: &Desired, complete: bool) -> Result<Arc<Snapshot>, ApplyError> {
         if complete || self.started {
             return self.commit(desired, complete);
         }
@@ -174,9 +206,11 @@ impl Applier {
 
     /// Whether there is nothing to do.
     fn is_enforced(&self, desired: &Desired) -> bool {
-        self.started
-            && self.last.as_ref() == Some(desired)
-            && desired.interfaces.keys().all(|ifindex| self.hooks.contains_key(ifindex))
+        self.started && self.last.as_ref() == Some(desired) && self.is_hooked(desired)
+    }
+
+    fn is_hooked(&self, desired: &Desired) -> bool {
+        desired.interfaces.keys().all(|ifindex| self.hooks.contains_key(ifindex))
     }
 
     fn commit(&mut self, desired: &Desired, complete: bool) -> Result<Arc<Snapshot>, ApplyError> {
@@ -224,16 +258,17 @@ impl Applier {
     /// Puts staged policies in force, with all that belongs to them.
     fn replace(&mut self, desired: &Desired, members: &Members, staged: Staged) -> Result<(), ApplyError> {
         self.audit = None;
-        // Who leaves a group is out before rules change, who joins is in after: in between, nobody is allowed what
-        // neither the old state nor the new one allows.
+        self.unsettled = true;
+        // Who leaves a group is out before rules change, who joins is in after, and after an address has left the
+        // interface that had it: in between, nobody is allowed what neither the old state nor the new one allows.
         let referenced = (self.referenced(), self.referenced_by(desired, &staged));
         if let Err(error) = self.withdraw(desired, members, (&referenced.0, &referenced.1)) {
             self.unstage(&staged);
             return Err(error);
         }
         self.bind(staged);
-        self.write_members(members)?;
         self.write_interfaces(desired)?;
+        self.write_members(members)?;
         self.unbind(desired);
         Ok(())
     }
@@ -286,15 +321,48 @@ impl Applier {
     /// Removes what no program can be reading any more: old policies, and the flows of interfaces that are gone.
     /// Takes some milliseconds, which no caller of `apply` waits for.
     pub fn collect(&mut self) {
-        if self.retired.is_empty() && self.departed.is_empty() {
+        if self.retired.is_empty() && self.departed.is_empty() && self.vacated.is_empty() && !self.unsettled {
             return;
         }
         wait_for_programs();
+        self.settle();
         for written in std::mem::take(&mut self.retired) {
             self.store.unwrite(&mut self.maps, &written);
         }
-        for eni in std::mem::take(&mut self.departed) {
-            match self.maps.forget_interface(eni) {
+        for slot in std::mem::take(&mut self.vacated) {
+            self.slots.give(slot);
+        }
+        self.forget_departed();
+    }
+
+    /// Announces the last change once more. Who may race: packets that began before the change, on either CPU, and those of
+    /// the same flow after it. Worst: the former's notes (that the network ACL was asked) are taken for the latter's, and
+    /// the flow misses the change. After this nobody is left who could be mistaken: all judge by the same.
+    fn settle(&mut self) {
+        if !std::mem::take(&mut self.unsettled) {
+            return;
+        }
+        self.rebind_acls();
+        if let Err(error) = self.announce() {
+            tracing::warn!(%error, "flows cannot be told to be looked at again; trying again");
+            self.unsettled = true;
+        }
+    }
+
+    /// Removes the flows of interfaces that are gone, and then their counts: a packet of another's that sweeps may have
+    /// taken one of those flows out and be about to count it, for which the number's next owner would have a place too
+    /// many for ever.
+    fn forget_departed(&mut self) {
+        let departed = std::mem::take(&mut self.departed);
+        if departed.is_empty() {
+            return;
+        }
+        let (gone, kept): (Vec<_>, Vec<_>) =
+            departed.into_iter().map(|eni| (eni, self.maps.forget_flows(eni))).partition(|(_, result)| result.is_ok());
+        wait_for_programs();
+        let counts = gone.into_iter().map(|(eni, _)| (eni, self.maps.forget_counts(eni)));
+        for (eni, result) in counts.chain(kept) {
+            match result {
                 Ok(()) => self.enis.give(eni),
                 Err(error) => {
                     tracing::warn!(eni, %error, "cannot remove the flows of a departed interface; trying again");

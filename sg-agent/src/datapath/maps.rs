@@ -162,11 +162,11 @@ impl Maps {
         Ok(u32::try_from(self.tracked.get(&eni, 0)?.max(0)).unwrap_or(u32::MAX))
     }
 
-    /// Removes every flow, fragment and count of an interface that is no more, before its number is given to another.
+    /// Removes every flow and fragment of an interface that is no more, before its number is given to another.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn forget_interface(&mut self, eni: u32) -> Result<(), MapError> {
+    pub fn forget_flows(&mut self, eni: u32) -> Result<(), MapError> {
         let keys: Vec<FlowKey> = self
             .flows
             .keys()
@@ -178,6 +178,14 @@ impl Maps {
         for slot in 0..2 * abi::FRAGMENT_SLOTS {
             absent_is_fine(self.fragments.remove(&FragmentSlot { eni, slot }))?;
         }
+        Ok(())
+    }
+
+    /// Starts its counts anew. Nobody may be about to count any of its flows.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn forget_counts(&mut self, eni: u32) -> Result<(), MapError> {
         self.tracked.set(eni, 0, 0)?;
         let keys: Vec<ReasonKey> = self
             .reasons

@@ -30,7 +30,7 @@ fn explain_says_what_happens() {
             // An address has no gate of its own; an instance has.
             let sender = format!("i-{from}");
             let allowed = gate(&["--to", "i-b", "--from", &address])
-                && (from == "outside" || gate(&["--egress", "--to", &sender, "--from", &peer]));
+                && (from == "outside" || gate(&["--egress", "--from", &sender, "--to", &peer]));
             said.push((attempts[family].clone(), allowed));
         }
     }

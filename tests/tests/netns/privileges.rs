@@ -10,7 +10,7 @@ use tests::e2e::{Lab, binary, output, run, said};
 use crate::{pass, vanish};
 
 /// CAP_NET_BIND_SERVICE, CAP_NET_BROADCAST, CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF.
-const KEPT: u64 = 1 << 10 | 1 << 11 | 1 << 12 | 1 << 19 | 1 << 21 | 1 << 38 | 1 << 39;
+pub const KEPT: u64 = 1 << 10 | 1 << 11 | 1 << 12 | 1 << 19 | 1 << 21 | 1 << 38 | 1 << 39;
 
 #[test]
 fn every_thread_has_what_it_needs_and_no_more() {
