@@ -104,7 +104,7 @@ struct Count {
 }
 
 /// Fewer packets than this in any state would show nothing.
-const ENOUGH: u64 = 50;
+const ENOUGH: u64 = 20;
 
 impl Tally {
     /// What must not have passed a single time while this stood, and was tried.

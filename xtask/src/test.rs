@@ -29,6 +29,8 @@ const NORM: &str = "kernel_norm";
 const SLOW_NETNS: [&str; 4] = ["rules::", "restart::a_killed", "restart::a_fresh", "restart::detach"];
 /// How many packets the property tests judge where every instruction is emulated.
 const SLOW_VERDICTS: &str = "2000";
+/// How long each race is run there, in seconds.
+const SLOW_STRESS: &str = "4";
 
 /// The command's options.
 #[derive(Args)]
@@ -54,7 +56,7 @@ enum Set {
     Fmt,
     /// clippy and the eBPF compiler have no warnings
     Clippy,
-    /// cargo-deny has nothing against a dependency
+    /// cargo-deny has nothing against a dependency. Its advisories are those of `cargo audit`, of the same database
     Deps,
     /// The crates' own tests
     Unit,
@@ -223,7 +225,7 @@ impl Runner {
                 Ok(venv.map_or_else(partly, |_| done(counts)))
             }
             Set::Kernel => self.rooted(set, &[deps::IP], &[], counts),
-            Set::Netns => self.rooted(set, &[deps::IP], &[], counts),
+            Set::Netns => self.rooted(set, &[deps::IP, deps::SYSTEMD], &[], counts),
             Set::Docker => self.docker(counts),
         }
     }
@@ -331,8 +333,9 @@ impl Runner {
             ("SG_AGENT_BIN", "/bin/sg-agent".into()),
             ("RUST_TEST_THREADS", "2".into()),
             ("SG_FUZZ_VERDICTS", SLOW_VERDICTS.into()),
+            ("SG_STRESS_SECONDS", SLOW_STRESS.into()),
         ];
-        let passed = ["CI", "RUST_BACKTRACE", "RUST_LOG", "RUST_TEST_THREADS", "SG_FUZZ_VERDICTS"];
+        let passed = ["CI", "RUST_BACKTRACE", "RUST_LOG", "RUST_TEST_THREADS", "SG_FUZZ_VERDICTS", "SG_STRESS_SECONDS"];
         environment.extend(passed.iter().filter_map(|name| Some((*name, env::var_os(name)?))));
         let mut all = Vec::new();
         for target in targets {
@@ -341,7 +344,7 @@ impl Runner {
             } else {
                 self.filter.clone()
             };
-            arguments.extend(kernel::options(version));
+            arguments.extend(kernel::options_of_machine(version));
             all.extend(
                 programs::build(&[target], &[])?
                     .into_iter()
