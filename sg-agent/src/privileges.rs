@@ -261,8 +261,8 @@ mod tests {
             (result == -1).then(Errno::last)
         };
         // A thread that doesn't share its signals, and a namespace of no kind.
-        let clone = |flag: libc::c_int| failed(libc::SYS_clone, [(libc::CLONE_THREAD | flag).into(), 0]);
-        let setns = |kind: libc::c_int| failed(libc::SYS_setns, [-1, kind.into()]);
+        let clone = move |flag: libc::c_int| failed(libc::SYS_clone, [(libc::CLONE_THREAD | flag).into(), 0]);
+        let setns = move |kind: libc::c_int| failed(libc::SYS_setns, [-1, kind.into()]);
         let test = move || {
             for flag in NAMESPACES {
                 assert_eq!((clone(flag), setns(flag)), (Some(Errno::EINVAL), Some(Errno::EBADF)));

@@ -76,7 +76,7 @@ impl ApplyError {
     fn again(&self) -> Option<Self> {
         match self {
             &Self::Capacity { what, needed, capacity } => Some(Self::Capacity { what, needed, capacity }),
-            Self::Compile { policy, error } => Some(Self::Compile { policy: policy.clone(), error: error.clone() }),
+            &Self::Compile { ref policy, error } => Some(Self::Compile { policy: policy.clone(), error }),
             &Self::Member { address, groups } => Some(Self::Member { address, groups }),
             Self::Datapath(_) => None,
         }

@@ -33,7 +33,10 @@ struct Waiting {
 
 /// What those are told who need wait no more, or who do no more, when this is dropped: after everybody else knows of it, so
 /// that nobody who has their answer meets rules that pass for fresh.
-pub struct Answers(Vec<(oneshot::Sender<Result<(), String>>, Option<Result<(), String>>)>);
+pub struct Answers(Vec<(oneshot::Sender<Outcome>, Option<Outcome>)>);
+
+/// Whether what was waited for is read and enforced, or why not.
+type Outcome = Result<(), String>;
 
 impl Drop for Answers {
     fn drop(&mut self) {

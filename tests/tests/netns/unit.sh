@@ -23,7 +23,7 @@ for unit in basic sysinit shutdown umount final exit multi-user network sockets 
 done
 cp /usr/lib/systemd/system/systemd-journald.service /usr/lib/systemd/system/systemd-journald*.socket \
     /usr/lib/systemd/system/systemd-exit.service etc/systemd/system/
-ln -s ../sg-agent.service etc/systemd/system/multi-user.target.wants/
+ln -s ../sg-agent.service ../systemd-journald.service etc/systemd/system/multi-user.target.wants/
 
 # Its own cgroup is the root of what it sees.
 mount -t cgroup2 cgroup cgroup
@@ -38,7 +38,9 @@ for name in null zero full random urandom tty; do
     : >"dev/$name"
     mount --bind "/dev/$name" "dev/$name"
 done
-mkdir dev/shm dev/pts
+mkdir dev/shm dev/pts dev/mqueue dev/hugepages
+mount -t devpts -o newinstance,ptmxmode=0666 devpts dev/pts
+ln -s pts/ptmx dev/ptmx
 mount -t tmpfs run run
 pivot_root . old
 cd /
