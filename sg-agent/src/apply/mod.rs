@@ -357,6 +357,8 @@ impl Applier {
         if departed.is_empty() {
             return;
         }
+        // What had no number left may have one now.
+        self.refused = None;
         let (gone, kept): (Vec<_>, Vec<_>) =
             departed.into_iter().map(|eni| (eni, self.maps.forget_flows(eni))).partition(|(_, result)| result.is_ok());
         wait_for_programs();
@@ -413,6 +415,10 @@ fn check(what: &'static str, needed: usize, capacity: u32) -> Result<(), ApplyEr
 
 /// Returns when every program that was running has ended: programs run under RCU, and this system call waits for all
 /// readers (`membarrier(2)`, `MEMBARRIER_CMD_GLOBAL`: "synchronize_rcu" in `kernel/sched/membarrier.c`).
+///
+/// Who may race: a program that still knows a number, slot or cell that is about to be given to another. After this there is
+/// none; where the kernel has no such call, worst of all one packet is judged by another's policy, if its program takes
+/// longer than the pause. It heals with the next packet.
 fn wait_for_programs() {
     const MEMBARRIER_CMD_GLOBAL: nix::libc::c_int = 1;
     // SAFETY: the call takes integers only.

@@ -28,23 +28,25 @@ struct Waiting {
     asked: Instant,
     subject: Subject,
     hints: BTreeSet<Hint>,
-    reply: oneshot::Sender<Result<(), String>>,
+    reply: oneshot::Sender<Outcome>,
+    known: Option<oneshot::Sender<()>>,
 }
 
 /// What those are told who need wait no more, or who do no more, when this is dropped: after everybody else knows of it, so
 /// that nobody who has their answer meets rules that pass for fresh.
-pub struct Answers(Vec<(oneshot::Sender<Outcome>, Option<Outcome>)>);
+pub struct Answers(Vec<(Waiting, Option<Outcome>)>);
 
 /// Whether what was waited for is read and enforced, or why not.
 type Outcome = Result<(), String>;
 
 impl Drop for Answers {
     fn drop(&mut self) {
-        for (reply, outcome) in self.0.drain(..) {
+        for (waiting, outcome) in self.0.drain(..) {
             if let Some(outcome) = outcome {
                 // Who has gone needs no answer.
-                let _ = reply.send(outcome);
+                let _ = waiting.reply.send(outcome);
             }
+            drop(waiting.known);
         }
     }
 }
@@ -74,9 +76,10 @@ impl Commits {
         asked: Instant,
         subject: Subject,
         hints: BTreeSet<Hint>,
-        reply: oneshot::Sender<Result<(), String>>,
+        reply: oneshot::Sender<Outcome>,
+        known: Option<oneshot::Sender<()>>,
     ) {
-        self.waiting.push(Waiting { asked, subject, hints, reply });
+        self.waiting.push(Waiting { asked, subject, hints, reply, known });
     }
 
     /// Answers those whose reads are done, and enforced unless `refused` says why not; lets those go who wait no more.
@@ -102,7 +105,7 @@ impl Commits {
                 }
                 Standing::Read => Some(refused.map_or(Ok(()), |reason| Err(reason.clone()))),
             };
-            answers.push((waiting.reply, outcome));
+            answers.push((waiting, outcome));
         }
         Answers(answers)
     }
@@ -190,7 +193,7 @@ mod tests {
 
     fn waits(commits: &mut Commits, asked: Instant, subject: Subject) -> Told {
         let (reply, told) = oneshot::channel();
-        commits.wait(asked, subject, [hint("1")].into(), reply);
+        commits.wait(asked, subject, [hint("1")].into(), reply, None);
         told
     }
 
@@ -226,6 +229,26 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn answers_wait_until_everybody_else_knows() {
+        let (mut commits, mut pollers) = (Commits::default(), pollers());
+        let asked = Instant::now();
+        let ((reply, late), (known, mut is_known)) = (oneshot::channel(), oneshot::channel());
+        commits.wait(asked, Subject::Rules, [hint("1")].into(), reply, Some(known));
+        let mut read = waits(&mut commits, asked, Subject::Anything);
+        drop(late);
+        let answers = commits.serve(&pollers, None);
+        assert_eq!(commits.stale(&pollers, None), [hint("1")].into());
+        assert_eq!(is_known.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+        drop(answers);
+        assert_eq!(is_known.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+        pollers.get_mut(&hint("1")).unwrap().has_read(asked, Extent::Enforced);
+        let answers = commits.serve(&pollers, None);
+        assert_eq!(read.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+        drop(answers);
+        assert_eq!(read.try_recv(), Ok(Ok(())));
+    }
+
+    #[tokio::test]
     async fn who_has_changed_nothing_leaves_nothing_behind() {
         let mut commits = Commits::default();
         drop(waits(&mut commits, Instant::now(), Subject::Nothing));
@@ -256,7 +279,7 @@ mod tests {
         let (mut commits, mut pollers) = (Commits::default(), pollers());
         let asked = Instant::now();
         let (reply, mut told) = oneshot::channel();
-        commits.wait(asked, Subject::Nothing, [hint("1"), hint("2")].into(), reply);
+        commits.wait(asked, Subject::Nothing, [hint("1"), hint("2")].into(), reply, None);
         pollers.get_mut(&hint("1")).unwrap().has_failed(asked);
         drop(commits.serve(&pollers, None));
         assert!(told.try_recv().is_err(), "the other is still to come");

@@ -28,7 +28,7 @@ const LINGER: Duration = Duration::from_secs(30);
 
 /// How long a late answer waits for the rules to be known as stale, which takes milliseconds unless the agent has its
 /// hands full.
-const NOTED: Duration = Duration::from_secs(1);
+const NOTED: Duration = Duration::from_millis(100);
 
 /// Forwards to one endpoint.
 #[derive(Debug)]
@@ -159,23 +159,19 @@ impl Forwarder {
 
     /// Has the change read and enforced.
     async fn commit(&self, whom: Whom, extent: Extent, done: Asked) -> Result<(), Uncommitted> {
-        let (reply, mut told) = oneshot::channel();
+        let ((reply, told), (known, is_known)) = (oneshot::channel(), oneshot::channel::<()>());
         let Asked { modified, rebooted } = done;
-        let commit = Commit { whom, asked: Instant::now(), modified, rebooted, extent, reply };
+        let commit = Commit { whom, asked: Instant::now(), modified, rebooted, extent, reply, known };
         // In a task of its own: a change that is answered late, because nobody had time to hear of it, is heard of all the
         // same. It is what makes the rules stale, and what it modified may be told by nobody else.
         let commits = self.commits.clone();
         tokio::spawn(async move { commits.send(commit).await });
         let ended = |_| Uncommitted::Failed("the agent is shutting down".to_owned());
-        match tokio::time::timeout(self.commit_timeout, &mut told).await {
+        match tokio::time::timeout(self.commit_timeout, told).await {
             Ok(told) => told.map_err(ended)?.map_err(Uncommitted::Failed),
             Err(_) => {
-                // Nobody waits any more. Whoever knows that lets go of its end once the rules pass for stale.
-                told.close();
-                match tokio::time::timeout(NOTED, told).await {
-                    Ok(Ok(told)) => told.map_err(Uncommitted::Failed),
-                    Ok(Err(_)) | Err(_) => Err(Uncommitted::Late),
-                }
+                let _ = tokio::time::timeout(NOTED, is_known).await;
+                Err(Uncommitted::Late)
             }
         }
     }

@@ -106,6 +106,8 @@ pub struct Commit {
     pub rebooted: Vec<InstanceId>,
     /// Why it isn't enforced, or that it is.
     pub reply: oneshot::Sender<Result<(), String>>,
+    /// Dropped when whatever `reply` says is known to everybody, or that nobody waits for it.
+    pub known: oneshot::Sender<()>,
 }
 
 /// Why there is no gateway.

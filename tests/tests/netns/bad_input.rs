@@ -194,6 +194,7 @@ fn arguments_that_can_not_be_used_are_named() {
         (&["--exempt", "192.0.2.53"], "192.0.2.53"),
         (&["--udp-timeout", "5"], "5"),
         (&["--endpoint-url", "ftp://127.0.0.1/"], "ftp://127.0.0.1/"),
+        (&["--rules", "/no/such/rules.json"], "/no/such/rules.json: there is no such file"),
         (&["--endpoint-url", "http://127.0.0.1:1", "--region", "Mars!"], "Mars!"),
         (&["--endpoint-url", "http://127.0.0.1:1", "--account", "me"], "me"),
     ] {

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
 use tests::e2e::{
-    Attempt, PATIENCE, Rules, Server, Stream, World, binary, ends_with_this_thread, output, run, said, unique, wait_for,
+    Attempt, Instance, PATIENCE, Rules, Server, Stream, World, binary, ends_with_this_thread, output, run, said,
+    unique, wait_for,
 };
 
 use crate::privileges::KEPT;
@@ -28,8 +29,12 @@ struct Machine {
 impl Machine {
     fn boot(world: World, rules: &mut Rules, directory: PathBuf) -> Self {
         assert!(Path::new("/usr/lib/systemd/systemd").exists(), "needs systemd: apt-get install systemd");
-        let attach: Vec<_> =
-            world.instances.iter().map(|instance| format!("--attach {}={}", instance.id(), instance.link)).collect();
+        // From inside, nobody sees the processes at the links' other ends.
+        let attach = |instance: &Instance| {
+            let mac = instance.mac.map(|byte| format!("{byte:02x}")).join(":");
+            format!("--attach {}={},mac={mac}", instance.id(), instance.link)
+        };
+        let attach: Vec<_> = world.instances.iter().map(attach).collect();
         let options = format!("SG_AGENT_OPTIONS=\"--no-docker --rules /etc/rules.json {}\"\n", attach.join(" "));
         rules.write();
         let root = directory.join("root");
