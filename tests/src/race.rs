@@ -89,7 +89,7 @@ struct Stage(AtomicU64);
 impl Stage {
     fn tell(&self, stand: Stand) {
         let last = self.0.load(SeqCst);
-        self.0.store((last >> 3) + 1 << 3 | stand.index() as u64, SeqCst);
+        self.0.store((((last >> 3) + 1) << 3) | stand.index() as u64, SeqCst);
     }
 }
 

@@ -335,6 +335,7 @@ pub fn a_client_of_a_published_port_is_judged_by_its_instance() {
             }
             lab.applier().publish(&sockets).expect("maps with room");
         };
+        publish(&mut lab, links[0]);
         let syn = |from: Host, port| tcp(from, B).ports(40_000, port).to_mac([0; 6]).to_address(HOST).syn();
         let shots = [0, 1].map(|_| [1001, 1002, 1003].map(|port| lab.shot_at_host(LO, &syn(X, port))));
         let tallies = race(&mut lab, shots, |lab, number, tell| {
