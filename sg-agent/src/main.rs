@@ -168,7 +168,7 @@ async fn status(places: &Places, args: &StatusArgs) -> Result<ExitCode> {
             break status;
         }
     };
-    let text = if args.json { serde_json::to_string_pretty(&*status)? } else { render::status(&status) };
+    let text = if args.json { render::json(&*status)? } else { render::status(&status) };
     print(&text)?;
     Ok(if status.enforced { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -181,7 +181,7 @@ async fn ports(places: &Places, args: &PortsArgs) -> Result<ExitCode> {
     let is_asked = |instance: &str| args.instance.as_ref().is_none_or(|asked| *asked.0 == *instance);
     let ports = status.published.iter().filter(|port| is_asked(&port.instance));
     let ports: Vec<PublishedPort> = ports.map(PublishedPort::from).collect();
-    print(&if args.json { serde_json::to_string_pretty(&ports)? } else { render::ports(&ports) })?;
+    print(&if args.json { render::json(&ports)? } else { render::ports(&ports) })?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -232,7 +232,7 @@ async fn explain_packet(places: &Places, args: ExplainArgs) -> Result<ExitCode> 
     let Reply::Explanation(explanation) = ask(&places.socket(), &Request::Explain(query)).await? else {
         bail!("the agent gave no explanation")
     };
-    let text = if args.json { serde_json::to_string_pretty(&explanation)? } else { render::explanation(&explanation) };
+    let text = if args.json { render::json(&explanation)? } else { render::explanation(&explanation) };
     print(&text)?;
     if explanation.kernel_disagrees {
         bail!("the kernel disagrees with the model: please report this, with the output of --json");
@@ -254,7 +254,7 @@ fn detach(places: &Places, args: &DetachArgs) -> Result<ExitCode> {
     };
     let _pins = Pins::new(&places.bpffs).lock()?;
     let report = Pins::new(&places.bpffs).remove_all();
-    let text = if args.json { serde_json::to_string_pretty(&report)? } else { render::detached(&report) };
+    let text = if args.json { render::json(&report)? } else { render::detached(&report) };
     print(&text)?;
     Ok(if report.errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
