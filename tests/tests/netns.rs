@@ -3,6 +3,8 @@
 
 #[path = "netns/bad_input.rs"]
 mod bad_input;
+#[path = "netns/bridges.rs"]
+mod bridges;
 #[path = "netns/early.rs"]
 mod early;
 #[path = "netns/flows.rs"]
@@ -29,6 +31,8 @@ mod spoofing;
 mod tampering;
 #[path = "netns/unit.rs"]
 mod unit;
+#[path = "netns/upgrade.rs"]
+mod upgrade;
 
 use std::panic::resume_unwind;
 use std::thread;

@@ -94,7 +94,7 @@ pub struct Applier {
     slots: Numbers,
     enis: Numbers,
     /// Numbers of interfaces that are gone; their flows go before another gets them.
-    departed: Vec<u32>,
+    departed: BTreeSet<u32>,
     hooks: BTreeMap<u32, Hook>,
     /// What the rule maps hold, followed write by write: after an error in the middle of a change, too, the next one
     /// starts from what is there.
@@ -142,7 +142,7 @@ impl Applier {
             bound: BTreeMap::new(),
             slots: Numbers::new(1..abi::MAX_BINDINGS),
             enis,
-            departed: Vec::new(),
+            departed: BTreeSet::new(),
             hooks: BTreeMap::new(),
             tables: InMemory::default(),
             entries: BTreeMap::new(),
@@ -353,24 +353,18 @@ impl Applier {
     /// taken one of those flows out and be about to count it, for which the number's next owner would have a place too
     /// many for ever.
     fn forget_departed(&mut self) {
-        let departed = std::mem::take(&mut self.departed);
-        if departed.is_empty() {
+        if self.departed.is_empty() {
             return;
         }
         // What had no number left may have one now.
         self.refused = None;
-        let (gone, kept): (Vec<_>, Vec<_>) =
-            departed.into_iter().map(|eni| (eni, self.maps.forget_flows(eni))).partition(|(_, result)| result.is_ok());
-        wait_for_programs();
-        let counts = gone.into_iter().map(|(eni, _)| (eni, self.maps.forget_counts(eni)));
-        for (eni, result) in counts.chain(kept) {
-            match result {
-                Ok(()) => self.enis.give(eni),
-                Err(error) => {
-                    tracing::warn!(eni, %error, "cannot remove the flows of a departed interface; trying again");
-                    self.departed.push(eni);
-                }
-            }
+        let forgotten = self.maps.forget_flows(&self.departed).and_then(|()| {
+            wait_for_programs();
+            self.maps.forget_counts(&self.departed)
+        });
+        match forgotten {
+            Ok(()) => std::mem::take(&mut self.departed).into_iter().for_each(|eni| self.enis.give(eni)),
+            Err(error) => tracing::warn!(%error, "cannot remove the flows of departed interfaces; trying again"),
         }
     }
 
