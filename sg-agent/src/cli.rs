@@ -273,11 +273,12 @@ pub struct PortsArgs {
 /// `sg-agent explain`.
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
-    /// The instance whose rules are asked, at its primary interface; or one of its interfaces
-    #[arg(long, value_name = "INSTANCE|ENI")]
-    pub to: InstanceId,
-    /// Where the packet comes from: an address, or another instance, whose egress rules are asked too
-    #[arg(long, value_name = "ADDR|INSTANCE", value_parser = party)]
+    /// Where the packet goes: an instance, whose ingress rules are asked at its primary interface, one of its interfaces, or
+    /// an address
+    #[arg(long, value_name = "INSTANCE|ENI|ADDR", value_parser = party)]
+    pub to: Party,
+    /// Where it comes from: an address, or an instance or interface, whose egress rules are asked
+    #[arg(long, value_name = "ADDR|INSTANCE|ENI", value_parser = party)]
     pub from: Party,
     /// tcp, udp, icmp, icmpv6 or a protocol number
     #[arg(long, value_name = "PROTOCOL", default_value = "tcp", value_parser = protocol)]
@@ -291,7 +292,7 @@ pub struct ExplainArgs {
     /// Put such a packet through the attached programs too, and say if they disagree
     #[arg(long)]
     pub live: bool,
-    /// Turn it round: from the instance of --to, to what --from names
+    /// Insist that --from is an instance, and its egress rules alone are asked
     #[arg(long)]
     pub egress: bool,
     /// Print JSON (a stable interface)

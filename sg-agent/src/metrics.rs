@@ -158,6 +158,7 @@ fn published(page: &mut Page, ports: &[PortCounters]) -> fmt::Result {
     let labels = |port: &PortCounters, more: &[(&'static str, &str)]| {
         let own = vec![
             ("instance", port.instance.clone()),
+            ("address", port.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")),
             ("host_port", port.host_port.to_string()),
             ("protocol", port.protocol.clone()),
         ];

@@ -174,6 +174,22 @@ fn table(header: &[&str]) -> Table {
     table
 }
 
+/// A value as JSON. What steers a terminal is escaped in it too, beyond what JSON asks for (all below U+0020).
+///
+/// # Errors
+/// Those of the value's own `Serialize`.
+pub fn json(value: &impl serde::Serialize) -> serde_json::Result<String> {
+    let text = serde_json::to_string_pretty(value)?;
+    let is_steering = |char: &char| char.is_control() && *char != '\n';
+    Ok(text.chars().fold(String::with_capacity(text.len()), |mut safe, char| {
+        match Some(char).filter(is_steering) {
+            Some(char) => safe += &format!("\\u{:04x}", u32::from(char)),
+            None => safe.push(char),
+        }
+        safe
+    }))
+}
+
 /// A text without control characters.
 pub fn clean(text: &str) -> String {
     text.chars().flat_map(|char| if char.is_control() { char.escape_default().collect() } else { vec![char] }).collect()

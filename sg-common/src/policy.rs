@@ -129,7 +129,24 @@ pub fn find<T: Tables>(tables: &T, table: u32, policy: &Policy, vpc: u32, query:
     if by_address != Match::None || policy.flags & abi::REFERENCES == 0 {
         return by_address;
     }
-    let Some(member) = tables.member(vpc, query.peer) else { return Match::None };
+    let Some(mut member) = tables.member(vpc, query.peer) else { return Match::None };
+    // Who may race: a membership that is written while it is read. The kernel gives an entry's place to the next one that is
+    // written, at once, so worst of all this would be another's groups: what neither state allows. So they count if the
+    // entry is this peer's still; else they are read again. A change writes an entry twice at most.
+    for _ in 0..3 {
+        let matched = by_groups(tables, table, policy, member, column);
+        match tables.member(vpc, query.peer) {
+            Some(now) if core::ptr::eq(now, member) => return matched,
+            Some(now) => member = now,
+            None => break,
+        }
+    }
+    Match::None
+}
+
+/// What the rules that refer to one of the peer's groups allow in this column.
+#[inline(always)]
+fn by_groups<T: Tables>(tables: &T, table: u32, policy: &Policy, member: &Member, column: u32) -> Match {
     for (index, &group) in member.groups.iter().enumerate() {
         if index as u32 >= member.count {
             break;

@@ -29,6 +29,8 @@ mod rules;
 mod spoofing;
 #[path = "netns/tampering.rs"]
 mod tampering;
+#[path = "netns/unit.rs"]
+mod unit;
 #[path = "netns/upgrade.rs"]
 mod upgrade;
 

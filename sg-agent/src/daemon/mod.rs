@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use ipnet::IpNet;
+use sd_notify::NotifyState;
 use sg_common::abi::{CUT_ON_REVOKE, Config};
 use sg_common::conntrack::State;
 use tokio::signal::unix::{SignalKind, signal};
@@ -231,6 +232,7 @@ pub async fn run(options: Options) -> Result<()> {
         told: BTreeSet::new(),
     };
     tracing::info!(socket = %options.places.socket().display(), "sg-agent {} is up", env!("CARGO_PKG_VERSION"));
+    tell_systemd(&NotifyState::Ready);
 
     let mut sweeps = tokio::time::interval(SWEEP_INTERVAL);
     sweeps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -248,12 +250,16 @@ pub async fn run(options: Options) -> Result<()> {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
             _ = sweeps.tick() => daemon.sweep(),
-            _ = looks.tick() => daemon.verify(),
+            _ = looks.tick() => {
+                tell_systemd(&NotifyState::Watchdog);
+                daemon.verify();
+            }
             () = daemon.desk.next_deadline() => daemon.desk.expire(),
             () = daemon.commits.next_gone() => {}
         }
         daemon.settle().await;
     }
+    tell_systemd(&NotifyState::Stopping);
     shutdown.cancel();
     // Nobody listens from here on, so there is nothing to judge.
     daemon.applier.watch(&[]);
@@ -268,6 +274,13 @@ pub async fn run(options: Options) -> Result<()> {
         tracing::info!("enforcement stays on without the agent; 'sg-agent detach' ends it");
     }
     Ok(())
+}
+
+/// Tells systemd, if this is its service of `Type=notify`, how the agent's one task is.
+fn tell_systemd(state: &NotifyState) {
+    if let Err(error) = sd_notify::notify(std::slice::from_ref(state)) {
+        tracing::debug!(%error, "systemd is not told");
+    }
 }
 
 /// Files that the agent has open beside connections.

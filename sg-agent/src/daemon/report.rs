@@ -76,9 +76,10 @@ impl Daemon {
 
     /// Answers those who wait for the desired state, once it is enforced.
     pub(super) fn serve_waiting(&mut self) {
-        self.commits.serve(&self.pollers.running, self.apply_error.as_ref());
+        let answers = self.commits.serve(&self.pollers.running, self.apply_error.as_ref());
         let is_stale = !self.stale().is_empty();
         self.freshness.send_if_modified(|stale| std::mem::replace(stale, is_stale) != is_stale);
+        drop(answers);
         let oldest = self.pollers.running.values().map(Poller::last_success).min().flatten();
         let mut since = oldest.zip(self.view.looked).map(|(read, looked)| read.min(looked));
         let mut underway = Vec::new();

@@ -162,12 +162,12 @@ impl Maps {
         Ok(u32::try_from(self.tracked.get(&eni, 0)?.max(0)).unwrap_or(u32::MAX))
     }
 
-    /// Removes every flow, fragment and count of interfaces that are no more, before their numbers are given to others. One
+    /// Removes every flow and fragment of interfaces that are no more, before their numbers are given to others. One
     /// walk for however many there are: the tables are everybody's, and large.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn forget_interfaces(&mut self, enis: &BTreeSet<u32>) -> Result<(), MapError> {
+    pub fn forget_flows(&mut self, enis: &BTreeSet<u32>) -> Result<(), MapError> {
         let mut from = None;
         loop {
             let (flows, next) = sys::entries::<FlowKey, Flow>(self.flows.map().fd(), from.as_ref(), FLOWS_AT_ONCE)?;
@@ -179,6 +179,17 @@ impl Maps {
                 None => break,
             }
         }
+        for (&eni, slot) in enis.iter().flat_map(|eni| (0..2 * abi::FRAGMENT_SLOTS).map(move |slot| (eni, slot))) {
+            absent_is_fine(self.fragments.remove(&FragmentSlot { eni, slot }))?;
+        }
+        Ok(())
+    }
+
+    /// Starts their counts anew. Nobody may be about to count any of their flows.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn forget_counts(&mut self, enis: &BTreeSet<u32>) -> Result<(), MapError> {
         let keys: Vec<ReasonKey> = self
             .reasons
             .keys()
@@ -188,9 +199,6 @@ impl Maps {
             absent_is_fine(self.reasons.remove(&key))?;
         }
         for &eni in enis {
-            for slot in 0..2 * abi::FRAGMENT_SLOTS {
-                absent_is_fine(self.fragments.remove(&FragmentSlot { eni, slot }))?;
-            }
             self.tracked.set(eni, 0, 0)?;
             for direction in [Direction::Ingress, Direction::Egress] {
                 let index = 2 * eni + direction as u32;

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream, UdpSocket};
 
-use tests::e2e::{Lab, Paused, wait_for};
+use tests::e2e::{Lab, Paused, output, said as said_by, wait_for};
 
 use crate::{try_all, vanish};
 
@@ -30,7 +30,7 @@ fn explain_says_what_happens() {
             // An address has no gate of its own; an instance has.
             let sender = format!("i-{from}");
             let allowed = gate(&["--to", "i-b", "--from", &address])
-                && (from == "outside" || gate(&["--egress", "--to", &sender, "--from", &peer]));
+                && (from == "outside" || gate(&["--egress", "--from", &sender, "--to", &peer]));
             said.push((attempts[family].clone(), allowed));
         }
     }
@@ -50,6 +50,21 @@ fn explain_names_the_rule_or_the_nearest_miss() {
     let gate = &said["gates"][0];
     assert!(allowed, "{said:#}");
     assert_eq!((&gate["rule"]["group"], &gate["rule"]["peer"]), (&"sg-b".into(), &"10.0.1.10/32".into()), "{said:#}");
+    let (allowed, said) =
+        lab.agent.explain(&["--from", "i-a", "--to", "203.0.113.9", "--port", "53", "--proto", "udp"]);
+    assert!(allowed && said["gates"][0]["direction"] == "egress" && said["gates"][0]["instance"] == "i-a", "{said:#}");
+    for (ends, words) in [
+        (["--from", "10.0.1.10", "--to", "i-b", "--egress"].as_slice(), "name that by --from"),
+        (&["--from", "i-a", "--to", "i-b", "--egress"], "leave --egress out"),
+        (&["--from", "10.0.1.10", "--to", "10.0.1.11"], "neither --from nor --to is an instance"),
+    ] {
+        let refused = output(lab.agent.command().arg("explain").args(ends).args(["--port", "22"]));
+        assert!(
+            refused.status.code() == Some(2) && said_by(&refused).contains(words),
+            "{ends:?}: {}",
+            said_by(&refused)
+        );
+    }
     let (allowed, said) = lab.agent.explain(&["--to", "i-b", "--from", "203.0.113.9", "--port", "22"]);
     let gate = &said["gates"][0];
     assert!(!allowed, "{said:#}");
