@@ -11,6 +11,7 @@ mod moto;
 mod namespace;
 mod probe;
 mod rules;
+pub mod seams;
 mod server;
 mod socket;
 mod ssh;
@@ -34,7 +35,7 @@ pub use namespace::{Namespace, ends_with_this_thread};
 pub use probe::{Attempt, PATIENCE, SILENCE, Stream};
 pub use rules::Rules;
 pub use server::Server;
-pub use socket::{DockerSocket, engine};
+pub use socket::{DockerSocket, Manner, engine};
 pub use ssh::ssh;
 pub use world::{Instance, World};
 
