@@ -52,8 +52,8 @@ pub struct Stage {
     pub world: World,
     /// The groups' ids.
     groups: Vec<String>,
-    /// The instances' ids and those of their interfaces.
-    pub ids: Vec<(String, String)>,
+    /// The instances' ids.
+    ids: Vec<String>,
     /// Where everybody is now.
     pub places: Places,
     /// Who asks.
@@ -89,13 +89,13 @@ impl Stage {
         let gateway: SocketAddr = GATEWAY.parse().expect("an address");
         let gateway = moto.through(gateway, &world.host);
         let groups: Vec<String> = (0..GROUPS).map(|_| new_group(&moto)).collect();
-        let ids: Vec<_> = (0..INSTANCES).map(|_| new_instance(&moto, &groups[0])).collect();
+        let ids: Vec<_> = (0..INSTANCES).map(|_| moto.instance(&[&groups[0]])).collect();
 
         let mut agent = Agent::new(Some(&world.host));
         let seams = agent.seams();
         Moto::reach(&mut agent, &endpoint.url());
         agent.arguments(["--poll-interval", "0.2", "--gateway", GATEWAY, "--commit-timeout", "60"]);
-        for (name, (id, _)) in VETHS.iter().zip(&ids) {
+        for (name, id) in VETHS.iter().zip(&ids) {
             agent.arguments(["--attach".to_owned(), format!("{id}=veth-{name}")]);
         }
         let socket_path = agent.directory().join("docker.sock");
@@ -169,12 +169,11 @@ impl Stage {
             }
             Change::Revoke(group, rule) => ("RevokeSecurityGroupEgress", self.rule(*group, rule)),
             Change::Join(instance, groups) => {
-                let mut parameters = vec![("NetworkInterfaceId".to_owned(), self.ids[*instance].1.clone())];
+                let mut parameters = vec![("InstanceId".to_owned(), self.ids[*instance].clone())];
                 let numbered = (1..).zip(groups);
-                parameters.extend(
-                    numbered.map(|(number, group)| (format!("SecurityGroupId.{number}"), self.groups[*group].clone())),
-                );
-                ("ModifyNetworkInterfaceAttribute", parameters)
+                parameters
+                    .extend(numbered.map(|(number, group)| (format!("GroupId.{number}"), self.groups[*group].clone())));
+                ("ModifyInstanceAttribute", parameters)
             }
         }
     }
@@ -210,7 +209,7 @@ impl Stage {
             self.settle_in(instance, namespace, format!("veth-{name}"));
         } else {
             let host = &HOSTS[instance];
-            let label = format!("dev.sg-agent.instance-id={}", self.ids[instance].0);
+            let label = format!("dev.sg-agent.instance-id={}", self.ids[instance]);
             run(self
                 .engine
                 .docker()
@@ -334,7 +333,7 @@ impl Stage {
             let status = self.agent.status();
             let mut interfaces = status["interfaces"].as_array().expect("a list of interfaces").iter();
             if interfaces.any(|one| {
-                one["instance"] == *self.ids[instance].0 && one["policy"] == "groups" && one["attached"] == true
+                one["instance"] == *self.ids[instance] && one["policy"] == "groups" && one["attached"] == true
             }) {
                 return;
             }
@@ -398,11 +397,4 @@ fn new_group(moto: &Moto) -> String {
     ];
     moto.call("RevokeSecurityGroupEgress", &all);
     group
-}
-
-/// An instance in that group, and its interface.
-fn new_instance(moto: &Moto, group: &str) -> (String, String) {
-    let instance = moto.instance(&[group]);
-    let described = moto.call("DescribeInstances", &[("InstanceId.1", &instance)]);
-    (instance, element(&described, "networkInterfaceId"))
 }
