@@ -84,6 +84,9 @@ impl Stage {
             NETWORK,
         ]));
         let moto = Moto::own();
+        // Without a block of IPv6, Moto acknowledges that an egress rule for IPv6 is revoked, and keeps it.
+        let vpc = element(&moto.call("DescribeVpcs", &[]), "vpcId");
+        moto.call("AssociateVpcCidrBlock", &[("VpcId", &vpc), ("AmazonProvidedIpv6CidrBlock", "true")]);
         let endpoint = Endpoint::start(Some(&world.host));
         endpoint.forward(moto.address());
         let gateway: SocketAddr = GATEWAY.parse().expect("an address");
@@ -185,7 +188,8 @@ impl Stage {
             Traffic::Udp { from, to } => ("udp".to_owned(), Some((i32::from(from), i32::from(to)))),
             Traffic::Icmp { kind, code } => ("icmp".to_owned(), Some((field(kind), field(code)))),
             Traffic::Icmpv6 { kind, code } => ("icmpv6".to_owned(), Some((field(kind), field(code)))),
-            Traffic::Other { number } => (number.to_string(), None),
+            // Moto wants them of every other protocol, as none.
+            Traffic::Other { number } => (number.to_string(), Some((-1, -1))),
         };
         let peer = match rule.peer {
             Named::Group(group) => ("Groups.1.GroupId", self.groups[group].clone()),
