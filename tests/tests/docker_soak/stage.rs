@@ -69,6 +69,9 @@ impl Stage {
         let docker = Docker::new();
         let image = docker.image(&["CMD [\"/bin/sleep\", \"360000\"]"]);
         let world = World::new(&VETHS);
+        // A bridge without an address of its own takes one of its ports', and another one when that port goes: whoever
+        // knows it as the gateway would send to nobody for a while.
+        world.host.ip("link set br0 address 02:00:5e:00:53:01");
         let engine = Engine::within(world.host.again(), DOCKERD, &image.name);
         let bridge = "com.docker.network.bridge.name=br0";
         run(engine.docker().args(["network", "create", "--driver", "bridge", "--opt", bridge]).args([
@@ -84,14 +87,15 @@ impl Stage {
             NETWORK,
         ]));
         let moto = Moto::own();
-        // Without a block of IPv6, Moto acknowledges that an egress rule for IPv6 is revoked, and keeps it.
-        let vpc = element(&moto.call("DescribeVpcs", &[]), "vpcId");
-        moto.call("AssociateVpcCidrBlock", &[("VpcId", &vpc), ("AmazonProvidedIpv6CidrBlock", "true")]);
         let endpoint = Endpoint::start(Some(&world.host));
         endpoint.forward(moto.address());
         let gateway: SocketAddr = GATEWAY.parse().expect("an address");
         let gateway = moto.through(gateway, &world.host);
         let groups: Vec<String> = (0..GROUPS).map(|_| new_group(&moto)).collect();
+        // Without a block of IPv6, Moto acknowledges that an egress rule for IPv6 is revoked, and keeps it; with one, new groups have
+        // such a rule, so these are made before.
+        let vpc = element(&moto.call("DescribeVpcs", &[]), "vpcId");
+        moto.call("AssociateVpcCidrBlock", &[("VpcId", &vpc), ("AmazonProvidedIpv6CidrBlock", "true")]);
         let ids: Vec<_> = (0..INSTANCES).map(|_| moto.instance(&[&groups[0]])).collect();
 
         let mut agent = Agent::new(Some(&world.host));
