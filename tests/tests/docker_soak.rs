@@ -47,6 +47,8 @@ use vitals::{Sample, Vitals};
 
 /// How long the soak is where nobody says: the rounds that have begun by then are ended.
 const SECONDS: u64 = 45;
+/// The fewest rounds: in the second no agent ends, so that one lives long enough to be told by.
+const ROUNDS: u64 = 2;
 /// How long connections that are kept for later may take to go, until files are counted.
 const QUIET: Duration = Duration::from_secs(100);
 
@@ -86,7 +88,7 @@ fn the_kernel_enforces_the_last_policy_whatever_happens_and_nothing_grows() {
         stage.holds("at the base state");
         same(&stage, &mut vitals);
         round += 1;
-        if began.elapsed() >= Duration::from_secs(seconds) {
+        if round >= ROUNDS && began.elapsed() >= Duration::from_secs(seconds) {
             break;
         }
     }
@@ -153,12 +155,12 @@ fn the_check_sees_a_kernel_that_is_wrong() {
     let found = differences(&mut stage, &other);
     assert!(found.iter().all(|one| one.contains("with")) && !found.is_empty(), "{found:?}");
     let mut seen = 0;
-    for _ in 0..20 {
+    for _ in 0..8 {
         let mut other = base.clone();
         Change::any(&base, &mut random).make(&mut other);
         seen += usize::from(!differences(&mut stage, &other).is_empty());
     }
-    assert!(seen >= 10, "{seen} of 20 wrong beliefs were seen; the others make no difference to what is asked");
+    assert!(seen >= 3, "{seen} of 8 wrong beliefs were seen; the others make no difference to what is asked");
 
     // The programs are taken off a link, while the agent can't put them back: real datagrams get through.
     let agent = Pid::from_raw(i32::try_from(stage.agent.pid()).expect("a process id"));
