@@ -11,7 +11,8 @@ use ipnet::IpNet;
 use sg_common::abi::{DEFAULT_ALLOWANCE, MAX_FLOWS};
 use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 
-use crate::discovery::AttachSpec;
+use crate::daemon::EnforcedBridge;
+use crate::discovery::{AttachSpec, names};
 use crate::early::EarlyDrop;
 use crate::exempt::Service;
 use crate::explain::Party;
@@ -102,6 +103,10 @@ pub struct RunArgs {
     /// Enforce on a host-side link that Docker doesn't know: a veth, a VM's tap (repeatable)
     #[arg(long, value_name = "INSTANCE_ID=LINK[,ip=ADDR][,mac=MAC][,eni=ENI]", help_heading = "Instances")]
     pub attach: Vec<AttachSpec>,
+    /// Deny a new port of this bridge everything, from its first packet, until it is known whose it is; 'auto' is every
+    /// bridge that an instance is on (repeatable)
+    #[arg(long, value_name = "auto|BRIDGE", value_parser = bridge, help_heading = "Instances")]
+    pub enforce_bridge: Vec<EnforcedBridge>,
     /// Publish an instance's port on the host; the client's own address is checked at each connection (repeatable)
     #[arg(long, value_name = "INSTANCE_ID:[ADDR:]HOST_PORT=PORT[/udp]", help_heading = "Published ports")]
     pub publish: Vec<PublishSpec>,
@@ -306,6 +311,13 @@ fn seconds(text: &str) -> Result<Duration, String> {
     let error = || format!("'{text}' is not a number of seconds between 0.05 and 86400");
     let seconds: f64 = text.parse().map_err(|_| error())?;
     if (0.05..=86_400.0).contains(&seconds) { Ok(Duration::from_secs_f64(seconds)) } else { Err(error()) }
+}
+
+fn bridge(text: &str) -> Result<EnforcedBridge, String> {
+    if text == "auto" {
+        return Ok(EnforcedBridge::Auto);
+    }
+    names::link(text).map(|name| EnforcedBridge::Named(name.to_owned()))
 }
 
 fn network(text: &str) -> Result<IpNet, String> {

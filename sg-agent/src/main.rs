@@ -118,7 +118,13 @@ fn options(places: Places, args: RunArgs) -> Result<Options> {
     Ok(Options {
         places,
         origins,
-        discovery: discovery::Options { docker: !args.no_docker, attach: args.attach, ..Default::default() },
+        discovery: discovery::Options {
+            docker: !args.no_docker,
+            attach: args.attach,
+            ports: !args.enforce_bridge.is_empty(),
+            ..Default::default()
+        },
+        enforce_bridges: args.enforce_bridge,
         publish: args.publish,
         deny: if args.deny == Deny::Reject { proxy::Deny::Reject } else { proxy::Deny::Drop },
         early_drop: args.early_drop,

@@ -159,6 +159,9 @@ pub fn detached(report: &DetachReport) -> String {
         (0, 0) => "nothing was attached".to_owned(),
         (links, maps) => format!("detached: {links} programs taken off links, {maps} maps removed"),
     };
+    if report.gate {
+        text.push_str(", bridges opened to new ports");
+    }
     for error in &report.errors {
         let _ = write!(text, "\nerror: {}", clean(error));
     }

@@ -6,7 +6,6 @@ use core::ffi::c_void;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
 use aya_ebpf::helpers::{bpf_for_each_map_elem, bpf_ktime_get_coarse_ns, bpf_map_delete_elem};
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, PerCpuHashMap};
 use sg_common::abi::*;
 use sg_common::addr::Address;
@@ -25,13 +24,7 @@ static BINDINGS: Array<Binding> = Array::with_max_entries(MAX_BINDINGS, BPF_F_MM
 #[map]
 static POLICIES: Array<Policy> = Array::with_max_entries(2 * MAX_POLICIES, 0);
 #[map]
-static CIDRS4: LpmTrie<Cidr4Key, u32> = LpmTrie::with_max_entries(MAX_PREFIXES, BPF_F_NO_PREALLOC);
-#[map]
-static CIDRS6: LpmTrie<Cidr6Key, u32> = LpmTrie::with_max_entries(MAX_PREFIXES, BPF_F_NO_PREALLOC);
-#[map]
-static PORTS: LpmTrie<PortKey, u32> = LpmTrie::with_max_entries(MAX_PORTS, BPF_F_NO_PREALLOC);
-#[map]
-static MATRIX: Array<u64> = Array::with_max_entries(MATRIX_WORDS, BPF_F_MMAPABLE);
+static RULES: Array<Line> = Array::with_max_entries(RULE_LINES, BPF_F_MMAPABLE);
 #[map]
 static REFERENCES: HashMap<ReferenceKey, u32> = HashMap::with_max_entries(MAX_REFERENCES, BPF_F_NO_PREALLOC);
 #[map]
@@ -45,6 +38,9 @@ static PUBLISHED: HashMap<PublishedKey, PublishedPort> = HashMap::with_max_entri
 /// Packets to published ports that were denied before the proxy heard of them, by the port's number.
 #[map]
 pub static DENIED: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_PUBLISHED_PORTS, 0);
+/// Lines of the drop log that there was no room for.
+#[map]
+pub static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(MAX_FLOWS, 0);
 #[map]
@@ -231,25 +227,8 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn row(&self, table: u32, peer: &Address) -> u32 {
-        let table = table.to_be_bytes();
-        let row = if peer.is_v4() {
-            CIDRS4.get(Key::new(64, Cidr4Key { table, address: peer.low() }))
-        } else {
-            CIDRS6.get(Key::new(160, Cidr6Key { table, address: peer.octets() }))
-        };
-        row.copied().unwrap_or(0)
-    }
-
-    #[inline(always)]
-    fn column(&self, table: u32, protocol: u16, port: u16) -> u32 {
-        let key = PortKey { table: table.to_be_bytes(), protocol: protocol.to_be_bytes(), port: port.to_be_bytes() };
-        PORTS.get(Key::new(64, key)).copied().unwrap_or(0)
-    }
-
-    #[inline(always)]
-    fn cells(&self, _table: u32, policy: &Policy, word: u32) -> u64 {
-        MATRIX.get(policy.matrix.wrapping_add(word)).copied().unwrap_or(0)
+    fn line(&self, _table: u32, line: u32) -> Option<&Line> {
+        RULES.get(line)
     }
 
     #[inline(always)]

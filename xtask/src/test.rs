@@ -26,7 +26,8 @@ const TESTS: &str = "tests";
 const NORM: &str = "kernel_norm";
 /// Of the set 'netns' what is run there when nothing else is asked for: rules with real traffic, and what is done
 /// differently without TCX.
-const SLOW_NETNS: [&str; 4] = ["rules::", "restart::a_killed", "restart::a_fresh", "restart::detach"];
+const SLOW_NETNS: [&str; 5] =
+    ["rules::", "restart::a_killed", "restart::a_fresh", "restart::detach", "tampering::a_qdisc"];
 /// How many packets the property tests judge where every instruction is emulated.
 const SLOW_VERDICTS: &str = "2000";
 
@@ -223,7 +224,10 @@ impl Runner {
                 Ok(venv.map_or_else(partly, |_| done(counts)))
             }
             Set::Kernel => self.rooted(set, &[deps::IP], &[], counts),
-            Set::Netns => self.rooted(set, &[deps::IP], &[], counts),
+            Set::Netns => {
+                let another = self.another_layout()?;
+                self.rooted(set, &[deps::IP], &[("SG_AGENT_ANOTHER", another.into())], counts)
+            }
             Set::Docker => self.docker(counts),
         }
     }
@@ -358,6 +362,13 @@ impl Runner {
             self.object.set(()).ok();
         }
         Ok(())
+    }
+
+    /// What upgrades are tested with. The agent itself is built again after it.
+    fn another_layout(&mut self) -> Result<PathBuf> {
+        let another = build::another_layout(true)?;
+        self.agent.take();
+        Ok(another)
     }
 
     fn agent(&self) -> Result<PathBuf> {

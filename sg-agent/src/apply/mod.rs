@@ -82,7 +82,7 @@ pub struct Applier {
     slots: Numbers,
     enis: Numbers,
     /// Numbers of interfaces that are gone; their flows go before another gets them.
-    departed: Vec<u32>,
+    departed: BTreeSet<u32>,
     hooks: BTreeMap<u32, Hook>,
     /// What the rule maps hold, followed write by write: after an error in the middle of a change, too, the next one
     /// starts from what is there.
@@ -124,7 +124,7 @@ impl Applier {
             bound: BTreeMap::new(),
             slots: Numbers::new(1..abi::MAX_BINDINGS),
             enis,
-            departed: Vec::new(),
+            departed: BTreeSet::new(),
             hooks: BTreeMap::new(),
             tables: InMemory::default(),
             entries: BTreeMap::new(),
@@ -293,14 +293,12 @@ impl Applier {
         for written in std::mem::take(&mut self.retired) {
             self.store.unwrite(&mut self.maps, &written);
         }
-        for eni in std::mem::take(&mut self.departed) {
-            match self.maps.forget_interface(eni) {
-                Ok(()) => self.enis.give(eni),
-                Err(error) => {
-                    tracing::warn!(eni, %error, "cannot remove the flows of a departed interface; trying again");
-                    self.departed.push(eni);
-                }
-            }
+        if self.departed.is_empty() {
+            return;
+        }
+        match self.maps.forget_interfaces(&self.departed) {
+            Ok(()) => std::mem::take(&mut self.departed).into_iter().for_each(|eni| self.enis.give(eni)),
+            Err(error) => tracing::warn!(%error, "cannot remove the flows of departed interfaces; trying again"),
         }
     }
 

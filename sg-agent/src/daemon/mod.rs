@@ -3,6 +3,7 @@
 //! Whatever happens (a rule changed, a container came, somebody asks) ends in the same reconciliation: resolve, compile,
 //! apply, publish. What fails leaves the last good policy in force, and says so.
 
+mod bridges;
 mod changes;
 mod commits;
 mod control;
@@ -32,6 +33,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use self::bridges::Bridges;
+pub use self::bridges::EnforcedBridge;
 use self::commits::Commits;
 pub use self::control::{NotRunning, Reply, Request, ask};
 pub use self::lock::{LockError, take as lock};
@@ -85,6 +88,8 @@ pub struct Options {
     pub origins: Origins,
     /// What to look at for instances.
     pub discovery: discovery::Options,
+    /// `--enforce-bridge`.
+    pub enforce_bridges: Vec<EnforcedBridge>,
     /// `--publish`.
     pub publish: Vec<proxy::PublishSpec>,
     /// `--deny`.
@@ -219,6 +224,7 @@ pub async fn run(options: Options) -> Result<()> {
         refused: 0,
         flows: 0,
         repairs: Repairs::default(),
+        bridges: Bridges::new(options.enforce_bridges, Pins::new(&options.places.bpffs)),
         poller_warnings: Vec::new(),
         proxy_warnings: Vec::new(),
         gateway_warning: gateway.1,
@@ -328,6 +334,7 @@ struct Daemon {
     /// Flows that lived at the last sweep.
     flows: u32,
     repairs: Repairs,
+    bridges: Bridges,
     poller_warnings: Vec<Warning>,
     proxy_warnings: Vec<Warning>,
     gateway_warning: Option<Warning>,
@@ -369,6 +376,7 @@ impl Daemon {
 
     fn look(&mut self, looked: Looked) {
         self.view.take(looked);
+        self.view.discovered.find_hidden(self.applier.earlier_links());
         if let Origins::File(_) = self.pollers.origins {
             // One file is all accounts and regions.
             for attachment in &mut self.view.discovered.attachments {
@@ -432,6 +440,8 @@ impl Daemon {
         let complete = self.is_complete();
         let applied = tokio::task::block_in_place(|| {
             let applied = self.applier.apply(&desired, complete);
+            // A port of an enforced bridge is admitted when its programs are there, and waits for nothing else.
+            self.bridges.settle(&self.view.discovered, &self.applier.snapshot(), complete);
             self.applier.collect();
             applied
         });

@@ -46,6 +46,7 @@ impl Daemon {
         warnings.extend(self.view.discovered.warnings.iter().chain(&self.poller_warnings).cloned());
         let by_proxy = self.proxy_warnings.iter().filter(|warning| !self.is_expected(&warning.subject));
         warnings.extend(by_proxy.chain(&self.gateway_warning).cloned());
+        warnings.extend(self.bridges.warnings());
         warnings.extend(self.launched.iter().flat_map(|launched| launched.warnings.clone()));
         warnings
     }
@@ -104,7 +105,8 @@ impl Daemon {
         let unasked = unasked.map(|attachment| format!("instance {} was not read yet", attachment.instance));
         let unread = self.pollers.running.values().flat_map(Poller::unread_groups);
         let unread = unread.map(|group| format!("security group {group} was not read yet"));
-        let errors = self.apply_error.iter().chain(&self.view.error).cloned().chain(self.repairs.error());
+        let errors = self.apply_error.iter().chain(&self.view.error).cloned();
+        let errors = errors.chain(self.repairs.error()).chain(self.bridges.error());
         unlooked.into_iter().chain(unattached).chain(unasked).chain(unread).chain(errors).collect()
     }
 
