@@ -111,7 +111,8 @@ fn the_kernel_enforces_the_last_policy_whatever_happens_and_nothing_grows() {
 }
 
 fn sample(stage: &Stage) -> Sample {
-    Sample::take(stage.agent.pid(), stage.agent.bpffs(), stage.program())
+    let status = stage.agent.status();
+    Sample::take(stage.agent.pid(), stage.agent.bpffs(), stage.program(), &status["usage"])
 }
 
 /// A look at the base state. Connections that are kept for the next question are open files for a while.

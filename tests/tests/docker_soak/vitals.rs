@@ -8,14 +8,10 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use aya::Pod;
-use aya::maps::lpm_trie::Key;
 use aya::maps::{Map, MapData, PerCpuHashMap};
 use serde_json::{Value, json};
 use sg_agent::datapath::Scan;
-use sg_common::abi::{
-    Cidr4Key, Cidr6Key, Count, ExemptKey, Flow, FlowKey, Interface, Member, MemberKey, OwnKey, PortKey, ReasonKey,
-    ReferenceKey,
-};
+use sg_common::abi::{Count, ExemptKey, Flow, FlowKey, Interface, Member, MemberKey, OwnKey, ReasonKey, ReferenceKey};
 use tests::bpf::maps_of;
 
 /// What memory may come to beyond what it was: an allocator's slack, not a leak's.
@@ -41,8 +37,8 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// Looks at an agent, its pins and its maps, which the programs of this number use.
-    pub fn take(pid: u32, pins: &Path, program: u32) -> Self {
+    /// Looks at an agent, its pins and its maps, which the program of this number uses; `usage` is the status's.
+    pub fn take(pid: u32, pins: &Path, program: u32, usage: &Value) -> Self {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         let field = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
@@ -75,10 +71,9 @@ impl Sample {
             ("other files", open("other files")),
             ("sockets", open("sockets")),
             ("pins", count(pins)),
+            ("policies", usage["policies"].as_u64().unwrap_or(0)),
+            ("rules' lines", usage["lines"].as_u64().unwrap_or(0)),
             ("INTERFACES", entries::<u32, Interface>(program, "INTERFACES")),
-            ("CIDRS4", entries::<Key<Cidr4Key>, u32>(program, "CIDRS4")),
-            ("CIDRS6", entries::<Key<Cidr6Key>, u32>(program, "CIDRS6")),
-            ("PORTS", entries::<Key<PortKey>, u32>(program, "PORTS")),
             ("REFERENCES", entries::<ReferenceKey, u32>(program, "REFERENCES")),
             ("MEMBERS", entries::<MemberKey, Member>(program, "MEMBERS")),
             ("SECONDARIES", entries::<OwnKey, u32>(program, "SECONDARIES")),
