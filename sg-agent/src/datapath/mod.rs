@@ -10,6 +10,7 @@ mod btf;
 mod check;
 mod drops;
 mod filter;
+mod gate;
 mod interfaces;
 mod mapped;
 mod maps;
@@ -21,6 +22,7 @@ mod trial;
 
 pub use attach::Hook;
 pub use check::Fault;
+pub use gate::{Gate, Reach};
 pub use interfaces::Interfaces;
 pub use maps::{Maps, absent_is_fine};
 pub use pins::{DetachReport, Pins};

@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::namespace::{command_in, ends_with_this_thread};
+use super::seams::{self, Seams};
 use super::{Namespace, PATIENCE, output, unique, wait_for};
 
 /// How long `status --wait` waits, in seconds.
@@ -22,6 +23,7 @@ const SETTLE: &str = "120";
 /// One agent. Dropped, it is stopped and everything of it is taken away, whatever the test did.
 #[derive(Debug)]
 pub struct Agent {
+    binary: PathBuf,
     directory: PathBuf,
     bpffs: PathBuf,
     namespace: Option<File>,
@@ -30,6 +32,9 @@ pub struct Agent {
     child: Option<Child>,
     /// How long the log was when it was last started.
     began: usize,
+    seams: Option<Seams>,
+    /// By how many seconds its monotonic clock is ahead.
+    ahead: i64,
 }
 
 impl Agent {
@@ -45,7 +50,18 @@ impl Agent {
         }
         let bpffs = Path::new("/sys/fs/bpf").join(name);
         let namespace = namespace.map(Namespace::handle);
-        Self { directory, bpffs, namespace, arguments: Vec::new(), environment: Vec::new(), child: None, began: 0 }
+        Self {
+            binary: binary().to_owned(),
+            directory,
+            bpffs,
+            namespace,
+            arguments: Vec::new(),
+            environment: Vec::new(),
+            child: None,
+            began: 0,
+            seams: None,
+            ahead: 0,
+        }
     }
 
     /// More arguments for `sg-agent run`.
@@ -66,6 +82,23 @@ impl Agent {
         self
     }
 
+    /// From its next start on, the test decides what becomes of its system calls. How is told by what is returned.
+    pub fn seams(&mut self) -> Seams {
+        self.seams.get_or_insert_default().clone()
+    }
+
+    /// From its next start on, its monotonic clock is so many seconds ahead of the machine's.
+    pub fn set_ahead(&mut self, seconds: i64) -> &mut Self {
+        self.ahead = seconds;
+        self
+    }
+
+    /// Goes on with another binary, from its next start on: an upgrade.
+    pub fn replace_binary(&mut self, binary: &Path) -> &mut Self {
+        binary.clone_into(&mut self.binary);
+        self
+    }
+
     /// A directory that goes with the agent.
     pub fn directory(&self) -> &Path {
         &self.directory
@@ -79,8 +112,8 @@ impl Agent {
     /// A command line of this agent's, without the subcommand.
     pub fn command(&self) -> Command {
         let mut command = match &self.namespace {
-            Some(namespace) => command_in(namespace, binary()),
-            None => Command::new(binary()),
+            Some(namespace) => command_in(namespace, &self.binary),
+            None => Command::new(&self.binary),
         };
         // The user's own account and settings stay out of it.
         for (name, _) in std::env::vars_os() {
@@ -108,8 +141,16 @@ impl Agent {
         let mut command = self.command();
         command.arg("run").args(&self.arguments).stdout(log).stderr(again);
         ends_with_this_thread(&mut command);
-        let child = command.spawn().unwrap_or_else(|error| panic!("cannot start {}: {error}", binary().display()));
+        if self.ahead != 0 {
+            seams::shift_monotonic(&mut command, self.ahead);
+        }
+        let pending = self.seams.as_ref().map(|seams| seams.install(&mut command));
+        let child = command.spawn().unwrap_or_else(|error| panic!("cannot start {}: {error}", self.binary.display()));
+        let pid = child.id();
         self.child = Some(child);
+        if let Some(pending) = pending {
+            pending.started(pid);
+        }
         self
     }
 
@@ -125,7 +166,7 @@ impl Agent {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .unwrap_or_else(|error| panic!("cannot run {}: {error}", binary().display()));
+            .unwrap_or_else(|error| panic!("cannot run {}: {error}", self.binary.display()));
         while waiting.try_wait().expect("a child can be waited for").is_none() {
             // Nothing can come any more from one that has ended.
             if self.child.as_mut().is_none_or(|child| child.try_wait().is_ok_and(|ended| ended.is_some())) {
@@ -316,6 +357,20 @@ pub fn binary() -> &'static Path {
         let newest = built.into_iter().filter_map(|path| Some((path.metadata().ok()?.modified().ok()?, path))).max();
         newest.expect("set SG_AGENT_BIN, or build the agent with 'cargo xtask build'").1
     })
+}
+
+/// An agent with programs and maps of another layout (the feature `another-layout`): `SG_AGENT_ANOTHER`, or where
+/// `cargo xtask build --another-layout` leaves it.
+///
+/// # Panics
+/// When there is none.
+pub fn another_layout() -> PathBuf {
+    let path = match std::env::var_os("SG_AGENT_ANOTHER") {
+        Some(path) => path.into(),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/another/sg-agent"),
+    };
+    assert!(path.is_file(), "no {}: build it with 'cargo xtask build --another-layout'", path.display());
+    path
 }
 
 /// Everything that a command said.
