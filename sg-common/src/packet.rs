@@ -117,8 +117,8 @@ pub enum Part {
     Rest,
 }
 
-/// An IP packet: what rules and flows are matched on. Aligned so that an address is stored in two words.
-#[repr(C, align(8))]
+/// An IP packet: what rules and flows are matched on.
+#[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Packet {
     /// Where it comes from.
