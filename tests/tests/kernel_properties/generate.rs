@@ -207,7 +207,7 @@ pub fn change() -> impl Strategy<Value = Change> {
             // A list holds one family (SG-1.8).
             let is_v4 = id == "pl-1";
             let entries = entries.into_iter().filter(|network| network.network().is_ipv4() == is_v4).collect();
-            PrefixList { id: id.into(), version: 1, entries }
+            PrefixList { id: id.into(), version: 1, entries: entries.into() }
         });
     prop_oneof![
         8 => (select(&GROUPS[..]), any::<bool>(), rules())
