@@ -116,7 +116,7 @@ mod tests {
 
     fn between(old: &Members, new: &Members, before: &[u32], after: &[u32]) -> Members {
         let places: BTreeSet<&Place> = old.keys().chain(new.keys()).collect();
-        let stay = |place| {
+        let stay = |place: &Place| {
             let (before, after) = (|group| before.contains(&group), |group| after.contains(&group));
             Some((*place, super::between(old.get(place), new.get(place), before, after)?))
         };

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::net::IpAddr;
 
 use aya::maps::lpm_trie::Key;
 use aya::maps::{IterableMap as _, MapError};
@@ -260,7 +261,7 @@ impl Applier {
             own,
             OwnKey,
             u32,
-            |key: &OwnKey| self.secondaries.contains(&(key.eni, key.address.into())).then_some(1),
+            |key: &OwnKey| self.secondaries.contains(&(key.eni, IpAddr::from(key.address))).then_some(1),
             self.secondaries.len(),
             |applier| {
                 let secondaries = std::mem::take(&mut applier.secondaries);

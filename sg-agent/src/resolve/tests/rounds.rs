@@ -129,7 +129,7 @@ impl Stage {
                 };
                 let open = vec![entry("0.0.0.0/0", 100, true), entry("::/0", 101, a & 3 != 0)];
                 let mut ingress = open.clone();
-                ingress.insert(0, entry("192.0.2.0/24", 1 + a % 90, a & 4 == 0));
+                ingress.insert(0, entry("192.0.2.0/24", 1 + u32::from(a % 90), a & 4 == 0));
                 let known = inventory.acls.get(&id).map(|acl| acl.subnets.clone()).filter(|_| kind == 11);
                 let chosen = || bits(b & 3).map(|bit| format!("subnet-{bit}").as_str().into()).collect();
                 let subnets = known.unwrap_or_else(chosen);
