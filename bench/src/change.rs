@@ -200,7 +200,9 @@ fn long_list(inventory: &mut Inventory, round: usize) {
     // One entry differs from round to round.
     let other = Ipv4Net::new_assert(Ipv4Addr::from(0xc000_0000 + ((round as u32) << 8)), 24);
     entries.insert(IpNet::V4(other));
-    inventory.prefix_lists.insert(id.clone(), PrefixList { id: id.clone(), version: round as i64, entries: entries.into() });
+    inventory
+        .prefix_lists
+        .insert(id.clone(), PrefixList { id: id.clone(), version: round as i64, entries: entries.into() });
     let group = changing(inventory);
     if let Some(group) = inventory.groups.get_mut(&group) {
         group.ingress.retain(|rule| rule.peer != Peer::PrefixList(id.clone()));

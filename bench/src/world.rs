@@ -174,7 +174,9 @@ pub fn spread_rules(inventory: &mut Inventory, rules: usize, networks: &[IpNet])
             (1, Some(IpNet::V6(network))) => Peer::Ipv6(*network),
             _ => {
                 let id = PrefixListId::from(format!("pl-{number}").as_str());
-                inventory.prefix_lists.insert(id.clone(), PrefixList { id: id.clone(), version: 1, entries: entries.into() });
+                inventory
+                    .prefix_lists
+                    .insert(id.clone(), PrefixList { id: id.clone(), version: 1, entries: entries.into() });
                 Peer::PrefixList(id)
             }
         };

@@ -9,8 +9,8 @@
 //! everything differs: the same way, only longer.
 
 mod desired;
-mod memory;
 mod members;
+mod memory;
 mod numbers;
 mod peerings;
 mod place;
@@ -109,8 +109,7 @@ impl Resolver {
     /// What `attachments` must enforce, given the control planes' state. `default` is the scope of attachments that
     /// don't name theirs.
     pub fn resolve(&mut self, world: &World, default: &Scope, attachments: &Arc<[Attachment]>) -> Desired {
-        let inputs =
-            Inputs { world: world.clone(), default: default.clone(), attachments: Arc::clone(attachments) };
+        let inputs = Inputs { world: world.clone(), default: default.clone(), attachments: Arc::clone(attachments) };
         let mut changes = Changes::between(&self.memory.world, &inputs.world);
         if !self.memory.can_follow(&inputs, &changes) {
             let placing = Placing::of(&inputs, self.settings.unknown, &mut self.holders);

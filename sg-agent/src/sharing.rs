@@ -239,7 +239,8 @@ mod tests {
         let read = after.clone();
         after.share(&before);
         assert_eq!(after, read);
-        let shared = after.0.iter().filter(|(key, value)| before.0.get(*key).is_some_and(|its| Arc::ptr_eq(its, value)));
+        let shared =
+            after.0.iter().filter(|(key, value)| before.0.get(*key).is_some_and(|its| Arc::ptr_eq(its, value)));
         assert_eq!(shared.count(), 998);
         assert_eq!(changed(&before, &after), [7, 500]);
     }

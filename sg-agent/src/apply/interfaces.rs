@@ -56,8 +56,7 @@ impl Applier {
     /// ceases to be, is an own address all the time.
     fn replace_interfaces(&mut self, change: &Change, entries: &Entries) -> Result<(), ApplyError> {
         let secondaries = secondaries(change.desired, entries);
-        let gone: Vec<(u32, IpAddr)> =
-            self.held(change).filter(|own| !secondaries.contains(own)).copied().collect();
+        let gone: Vec<(u32, IpAddr)> = self.held(change).filter(|own| !secondaries.contains(own)).copied().collect();
         let changed = !gone.is_empty() || secondaries.iter().any(|own| !self.secondaries.contains(own));
         let written = self
             .add_secondaries(&secondaries)
@@ -103,7 +102,11 @@ impl Applier {
         self.maps.writes += 1;
         let written = self.maps.interfaces.insert(ifindex, entry, 0);
         written.map_err(|error| DatapathError::Write { map: "INTERFACES", error })?;
-        if entry.born == 0 { self.born.remove(&ifindex) } else { self.born.insert(ifindex) };
+        if entry.born == 0 {
+            self.born.remove(&ifindex)
+        } else {
+            self.born.insert(ifindex)
+        };
         self.rewritten.insert(ifindex);
         Ok(self.entries.insert(ifindex, entry))
     }

@@ -103,7 +103,8 @@ impl Daemon {
         let unlooked = self.view.looked.is_none().then(|| "containers and links were not looked at yet".to_owned());
         let unattached = snapshot.interfaces.values().filter(|enforced| !enforced.attached);
         let unattached = unattached.map(|enforced| format!("link {} is not enforced", enforced.interface.link));
-        let unasked = self.view.discovered.attachments.iter().filter(|attachment| self.is_unasked(&attachment.instance));
+        let unasked =
+            self.view.discovered.attachments.iter().filter(|attachment| self.is_unasked(&attachment.instance));
         let unasked = unasked.map(|attachment| format!("instance {} was not read yet", attachment.instance));
         let unread = self.pollers.running.values().flat_map(Poller::unread_groups);
         let unread = unread.map(|group| format!("security group {group} was not read yet"));

@@ -28,7 +28,10 @@ impl Inventory {
         let peerings = last.peerings.iter().filter(|peering| is_theirs(&peering.one) || is_theirs(&peering.other));
         self.peerings.extend(peerings.cloned());
         for id in &lost {
-            last.instances.shared(id).into_iter().for_each(|it| self.instances.insert_shared((*id).clone(), it.clone()));
+            last.instances
+                .shared(id)
+                .into_iter()
+                .for_each(|it| self.instances.insert_shared((*id).clone(), it.clone()));
         }
         for eni in enis {
             complete_by(&mut self.enis, &last.enis, &eni.id);

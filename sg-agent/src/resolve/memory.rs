@@ -53,7 +53,8 @@ struct EniChange {
 impl Changes {
     /// Costs what differs, where the two share the rest.
     pub(super) fn between(before: &World, after: &World) -> Self {
-        let mut changes = Self { sources: vec![], acls: vec![], instances: vec![], enis: vec![], homes: HashMap::new() };
+        let mut changes =
+            Self { sources: vec![], acls: vec![], instances: vec![], enis: vec![], homes: HashMap::new() };
         let nothing = Inventory::default();
         for (scope, after) in after {
             changes.add(scope, before.get(scope).unwrap_or(&nothing), after);
@@ -114,9 +115,8 @@ impl Memory {
             }
             _ => false,
         };
-        let stays = |eni: &EniChange| {
-            self.placing.is_indifferent_to(&eni.key, eni.before.as_deref(), eni.after.as_deref())
-        };
+        let stays =
+            |eni: &EniChange| self.placing.is_indifferent_to(&eni.key, eni.before.as_deref(), eni.after.as_deref());
         let is_found_or_lost = |(home, more): (&(Scope, VpcId), &isize)| {
             let known = self.homes.get(home).copied().unwrap_or(0);
             (known > 0) != (known + more > 0)
@@ -132,13 +132,7 @@ impl Memory {
     }
 
     /// Resolves again what is made of anything that differs.
-    pub(super) fn follow(
-        &mut self,
-        inputs: Inputs,
-        changes: &Changes,
-        settings: &Settings,
-        numbers: &mut Numbers,
-    ) {
+    pub(super) fn follow(&mut self, inputs: Inputs, changes: &Changes, settings: &Settings, numbers: &mut Numbers) {
         for eni in &changes.enis {
             for &index in self.placing.of_eni.get(&eni.key).into_iter().flatten() {
                 self.placing.placements[index].eni = eni.after.clone();

@@ -131,9 +131,10 @@ impl Placing {
             !addresses.contains(&address) && !lengths.iter().any(around)
         };
         !enis.contains(key)
-            && before.into_iter().chain(after).all(|eni| {
-                eni.unlisted_prefixes().next().is_none() && eni.private_addresses().all(is_elsewhere)
-            })
+            && before
+                .into_iter()
+                .chain(after)
+                .all(|eni| eni.unlisted_prefixes().next().is_none() && eni.private_addresses().all(is_elsewhere))
     }
 }
 
@@ -196,7 +197,11 @@ fn home<'a>(inputs: &'a Inputs, attachment: &Attachment) -> Option<(&'a Scope, &
     };
     let mut candidates = inputs.world.iter().filter(is_home);
     let first = candidates.next()?;
-    Some(if *first.0 == inputs.default { first } else { candidates.find(|(scope, _)| **scope == inputs.default).unwrap_or(first) })
+    Some(if *first.0 == inputs.default {
+        first
+    } else {
+        candidates.find(|(scope, _)| **scope == inputs.default).unwrap_or(first)
+    })
 }
 
 fn find_eni<'a>(inventory: &'a Inventory, attachment: &Attachment) -> Option<&'a Arc<Eni>> {

@@ -75,7 +75,8 @@ impl Stage {
                     6 => Peer::ForeignGroup { account: other.account.clone(), group: group_id(b) },
                     _ => Peer::ForeignGroup { account: other.account.clone(), group: group_id(b >> 3) },
                 };
-                let rule = |bit| Rule { id: format!("sgr-{bit}").as_str().into(), traffic: Traffic::All, peer: peer(bit) };
+                let rule =
+                    |bit| Rule { id: format!("sgr-{bit}").as_str().into(), traffic: Traffic::All, peer: peer(bit) };
                 let rules: Vec<Rule> = bits(a & 0xff).map(rule).collect();
                 let id = group_id(number);
                 if !inventory.groups.contains_key(&id) {
@@ -124,8 +125,11 @@ impl Stage {
             9 => drop(inventory.prefix_lists.remove(&format!("pl-{}", number % 2).as_str().into())),
             10 | 11 => {
                 let id = AclId::from(format!("acl-{}", number % 2).as_str());
-                let entry = |network: &str, number, allow| {
-                    AclEntry { number, allow, traffic: Traffic::All, network: network.parse().unwrap() }
+                let entry = |network: &str, number, allow| AclEntry {
+                    number,
+                    allow,
+                    traffic: Traffic::All,
+                    network: network.parse().unwrap(),
                 };
                 let open = vec![entry("0.0.0.0/0", 100, true), entry("::/0", 101, a & 3 != 0)];
                 let mut ingress = open.clone();
@@ -141,8 +145,7 @@ impl Stage {
                     account: known.then(|| scope.account.clone()),
                     region: Some(scope.region.clone()),
                 };
-                let peering =
-                    Peering::between(end(vpc_id(a), own, b & 1 == 0), end(vpc_id(a >> 2), other, b & 2 == 0));
+                let peering = Peering::between(end(vpc_id(a), own, b & 1 == 0), end(vpc_id(a >> 2), other, b & 2 == 0));
                 if inventory.peerings.remove(&peering).is_none() {
                     inventory.peerings.insert(peering);
                 }
@@ -190,8 +193,7 @@ impl Stage {
     /// Both ways; what differs.
     fn rounds(&mut self) -> (Desired, Desired) {
         let attachments: Arc<[Attachment]> = self.attachments.clone().into();
-        let inputs =
-            Inputs { world: self.world.clone(), default: scope(), attachments: Arc::clone(&attachments) };
+        let inputs = Inputs { world: self.world.clone(), default: scope(), attachments: Arc::clone(&attachments) };
         let changes = Changes::between(&self.resolver.memory.world, &self.world);
         self.followed += usize::from(self.resolver.memory.can_follow(&inputs, &changes));
         let mut fresh = self.resolver.afresh();
