@@ -3,16 +3,12 @@
 
 use std::collections::BTreeSet;
 
-use imbl::OrdMap;
 use sg_common::abi::{DELEGATED, Member, MemberKey};
 
 use super::{Applier, ApplyError};
 use crate::datapath::{DatapathError, absent_is_fine};
 use crate::resolve::{Membership, Place};
 use crate::tables;
-
-/// Who is in which groups, by VPC and address or delegated prefix.
-pub type Members = OrdMap<Place, Member>;
 
 /// Places, and what is to be there.
 pub type Wanted = Vec<(Place, Option<Member>)>;
@@ -100,10 +96,14 @@ fn groups(member: &Member) -> BTreeSet<u32> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use ipnet::IpNet;
     use sg_common::abi::GROUPS_PER_MEMBER;
 
     use super::*;
+
+    type Members = BTreeMap<Place, Member>;
 
     fn members(entries: &[(&str, &[u32], u32)]) -> Members {
         let entry = |&(address, groups, subnet): &(&str, &[u32], u32)| {

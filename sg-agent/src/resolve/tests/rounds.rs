@@ -91,8 +91,9 @@ impl Stage {
             2 => drop(inventory.groups.remove(&group_id(number))),
             3 => inventory.groups.get_mut(&group_id(number)).into_iter().for_each(|group| group.vpc = vpc_id(a)),
             4 | 5 => {
-                let groups = bits(a & 0x1f).map(group_id).collect();
-                inventory.enis.get_mut(&eni_id).into_iter().for_each(|eni| eni.groups = groups);
+                if let Some(eni) = inventory.enis.get_mut(&eni_id) {
+                    eni.groups = bits(a & 0x1f).map(group_id).collect();
+                }
             }
             6 => {
                 let prefixes = match b >> 8 & 0xf {
