@@ -64,8 +64,12 @@ impl Changes {
 
     fn add(&mut self, scope: &Scope, before: &Inventory, after: &Inventory) {
         for group in before.groups.changes(&after.groups) {
-            let vpc = |group: Option<&Arc<SecurityGroup>>| group.and_then(|group| group.vpc.clone());
-            self.move_home(scope, vpc(group.before), vpc(group.after));
+            let vpc = |group: Option<&Arc<SecurityGroup>>| group.map(|group| group.vpc.clone());
+            let (was, is) = (vpc(group.before), vpc(group.after));
+            if was != is {
+                self.sources.push(Source::Reference(scope.clone(), group.key.clone()));
+            }
+            self.move_home(scope, was.flatten(), is.flatten());
             self.sources.push(Source::Group(scope.clone(), group.key.clone()));
         }
         for list in before.prefix_lists.changes(&after.prefix_lists) {

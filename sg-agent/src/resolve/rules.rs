@@ -15,7 +15,10 @@ use crate::model::{
 /// What a policy is made of: where one of these changes, it is resolved again.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) enum Source {
+    /// A group's rules.
     Group(Scope, GroupId),
+    /// Whether there is such a group, and in which VPC: what a rule that refers to it needs to know.
+    Reference(Scope, GroupId),
     List(Scope, PrefixListId),
     Acl(Scope, AclId),
 }
@@ -181,7 +184,7 @@ impl Round<'_> {
             }
             Peer::Group(_) | Peer::ForeignGroup { .. } => {
                 let (owner, id) = owner(scope, &rule.peer)?;
-                findings.sources.insert(Source::Group(owner.clone(), id.clone()));
+                findings.sources.insert(Source::Reference(owner.clone(), id.clone()));
                 match referenced(self.world, scope, &owner, id) {
                     Ok(found) => {
                         if let (Some(here), Some(there)) = (&group.vpc, &found.vpc)
