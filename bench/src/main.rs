@@ -78,7 +78,7 @@ fn run(options: &Options, recorder: &Recorder) -> Result<()> {
 }
 
 /// Does something in a network namespace of its own, which goes with the thread.
-fn isolated(work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+fn isolated<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET)?;
