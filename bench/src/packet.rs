@@ -73,7 +73,8 @@ pub fn run(recorder: &Recorder) -> Result<()> {
         targets(recorder, &shots);
         Ok(())
     })?;
-    for instances in [subject::ALL.len(), 1_000] {
+    let many = if recorder.quick { 100 } else { 1_000 };
+    for instances in [subject::ALL.len(), many] {
         isolated(|| {
             let mut agent = agent(instances)?;
             let mut shots = Vec::new();

@@ -215,6 +215,7 @@ impl Written {
         let id = abi::table(self.number, direction);
         let start = self.matrices[direction as usize];
         maps.writes += entries(table);
+        maps.reach_matrix(start..start + table.matrix.len() as u32)?;
         for (offset, &word) in (start..).zip(&table.matrix) {
             maps.matrix.store(offset, word);
         }

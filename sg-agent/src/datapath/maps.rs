@@ -1,6 +1,7 @@
 //! The maps by their types. Writing rules through them is `apply`'s alone.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::LpmTrie;
@@ -33,7 +34,7 @@ pub struct Maps {
     pub cidrs6: LpmTrie<MapData, Cidr6Key, u32>,
     /// Columns by protocol and port prefix.
     pub ports: LpmTrie<MapData, PortKey, u32>,
-    /// Cells.
+    /// Cells; see [`Maps::reach_matrix`].
     pub matrix: MappedWords,
     /// The map behind `matrix`: programs that are loaded later refer to it.
     _matrix_map: MapData,
@@ -71,11 +72,13 @@ impl Maps {
         }
         let bindings_map = array(ebpf, "BINDINGS")?;
         let matrix_map = array(ebpf, "MATRIX")?;
+        let bindings = mapped(&bindings_map, "BINDINGS", abi::MAX_BINDINGS)?;
+        reach(&bindings, "BINDINGS", 0..abi::MAX_BINDINGS)?;
         Ok(Self {
             writes: 0,
             config: typed(ebpf, "CONFIG")?,
             interfaces: typed(ebpf, "INTERFACES")?,
-            bindings: mapped(&bindings_map, "BINDINGS", abi::MAX_BINDINGS)?,
+            bindings,
             bindings_map,
             policies: typed(ebpf, "POLICIES")?,
             cidrs4: typed(ebpf, "CIDRS4")?,
@@ -111,6 +114,14 @@ impl Maps {
     /// The kernel's.
     pub fn set_config(&mut self, config: &Config) -> Result<(), DatapathError> {
         self.config.set(0, config, 0).map_err(|error| DatapathError::Write { map: "CONFIG", error })
+    }
+
+    /// Makes words of the matrix ready to be written.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn reach_matrix(&self, words: Range<u32>) -> Result<(), DatapathError> {
+        reach(&self.matrix, "MATRIX", words)
     }
 
     /// All counters, summed over the CPUs: (interface's number, direction, reason's number).
@@ -222,4 +233,8 @@ fn array(ebpf: &mut Ebpf, name: &'static str) -> Result<MapData, DatapathError> 
 
 fn mapped(data: &MapData, name: &'static str, words: u32) -> Result<MappedWords, DatapathError> {
     MappedWords::new(data.fd(), words as usize).map_err(|error| DatapathError::Mmap { map: name, error })
+}
+
+fn reach(words: &MappedWords, name: &'static str, range: Range<u32>) -> Result<(), DatapathError> {
+    words.reach(range).map_err(|error| DatapathError::Mmap { map: name, error })
 }

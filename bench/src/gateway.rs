@@ -1,0 +1,216 @@
+//! A change of rules at the endpoint, a real Moto: what the gateway adds to a call, and when what was answered is
+//! enforced, through the gateway and by polling. Enforced is what real packets say, from another namespace.
+
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ::tests::e2e::{Agent, Moto, World};
+use anyhow::{Context as _, Result, ensure};
+
+use crate::record::{Bound, Recorder, median};
+use crate::world::{self, Random};
+
+/// Where the gateway listens in the host's namespace.
+const GATEWAY: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 4_566);
+/// The port whose rule comes and goes.
+const PORT: u16 = 7_000;
+/// How long a datagram that passes may take on a busy machine. What passes is there when it has been sent.
+const ARRIVAL: Duration = Duration::from_millis(5);
+/// Whatever takes longer has failed.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The longest pause before a change that is to be noticed by polling, in milliseconds: it comes at any moment of an
+/// interval.
+const PAUSE: u64 = 2_000;
+
+/// Which way calls go.
+const DIRECT: &str = "Moto itself";
+const THROUGH: &str = "through the gateway";
+
+/// Whether a rule comes or goes.
+const CHANGES: [(&str, bool); 2] = [("AuthorizeSecurityGroupIngress", true), ("RevokeSecurityGroupIngress", false)];
+
+/// An endpoint with instances, an agent beside it, and somebody who tries to reach the first of them.
+struct Stand {
+    agent: Agent,
+    direct: Moto,
+    through: Moto,
+    group: String,
+    /// Counts probes, so that none is taken for another.
+    probes: u64,
+    receiver: UdpSocket,
+    world: World,
+}
+
+/// Measures at several numbers of instances.
+///
+/// # Errors
+/// A call that fails, a change that isn't enforced at all.
+pub fn run(recorder: &Recorder) -> Result<()> {
+    let sizes: &[usize] = if recorder.quick { &[1] } else { &[1, 100, 1_000] };
+    sizes.iter().try_for_each(|&instances| sized(recorder, instances))
+}
+
+fn sized(recorder: &Recorder, instances: usize) -> Result<()> {
+    let mut stand = Stand::new(instances)?;
+    let at = ("instances", instances as f64);
+    // Nothing is noticed by polling here.
+    stand.agent.arguments(["--poll-interval", "3600"]).start().wait();
+    describe(recorder, &stand, at)?;
+    by_gateway(recorder, &mut stand, at)?;
+    stand.agent.stop();
+    stand.agent.without("--poll-interval").without("3600");
+    stand.agent.start().wait();
+    by_polling(recorder, &mut stand, at)
+}
+
+fn describe(recorder: &Recorder, stand: &Stand, at: (&str, f64)) -> Result<()> {
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..recorder.rounds(100) {
+        for (moto, times) in [&stand.direct, &stand.through].into_iter().zip(&mut times) {
+            recorder.check()?;
+            let started = Instant::now();
+            moto.call("DescribeSecurityGroups", &[("GroupId.1", &stand.group)]);
+            times.push(milliseconds(started.elapsed()));
+        }
+    }
+    called(recorder, "DescribeSecurityGroups", &times, at);
+    Ok(())
+}
+
+/// Changes at Moto and through the gateway by turns; behind each that came through the gateway, one packet.
+fn by_gateway(recorder: &Recorder, stand: &mut Stand, at: (&str, f64)) -> Result<()> {
+    let (mut wrong, mut enforced) = (0, Vec::new());
+    let mut times = CHANGES.map(|_| [Vec::new(), Vec::new()]);
+    for _ in 0..recorder.rounds(50) {
+        for is_through in [false, true] {
+            for ((action, is_allowed), times) in CHANGES.into_iter().zip(&mut times) {
+                recorder.check()?;
+                times[usize::from(is_through)].push(milliseconds(stand.change(action, is_through)));
+                if is_through {
+                    let answered = Instant::now();
+                    let at_once = stand.passes()? == is_allowed;
+                    wrong += u32::from(!at_once);
+                    enforced.push(if at_once { 0.0 } else { milliseconds(stand.enforced(answered, is_allowed)?) });
+                }
+            }
+        }
+    }
+    for ((action, _), times) in CHANGES.into_iter().zip(&times) {
+        called(recorder, action, times, at);
+    }
+    let figure = "from the answer to enforcement";
+    recorder.point(figure, THROUGH, "ms", at, &enforced);
+    let what = format!(
+        "first packets behind the gateway's answers that met the old rules, of {}, at {} instances",
+        enforced.len(),
+        at.1
+    );
+    recorder.target(&what, &[f64::from(wrong)], Bound::AtMost(0.0));
+    Ok(())
+}
+
+/// What others change at Moto, at any moment.
+fn by_polling(recorder: &Recorder, stand: &mut Stand, at: (&str, f64)) -> Result<()> {
+    let mut random = Random::new(31);
+    let mut times = Vec::new();
+    for _ in 0..recorder.rounds(12) {
+        for (action, is_allowed) in CHANGES {
+            recorder.check()?;
+            thread::sleep(Duration::from_millis(random.below(PAUSE)));
+            stand.change(action, false);
+            times.push(milliseconds(stand.enforced(Instant::now(), is_allowed)?));
+        }
+    }
+    recorder.point("from the answer to enforcement", "by polling", "ms", at, &times);
+    Ok(())
+}
+
+/// What a call took, and what the gateway added to it.
+fn called(recorder: &Recorder, action: &str, times: &[Vec<f64>; 2], at: (&str, f64)) {
+    for (way, times) in [DIRECT, THROUGH].into_iter().zip(times) {
+        recorder.point(action, way, "ms", at, times);
+        let mut sorted = times.clone();
+        sorted.sort_by(f64::total_cmp);
+        let p99 = sorted[(sorted.len() * 99).div_ceil(100) - 1];
+        recorder.point(&format!("{action}, p99"), way, "ms", at, &[p99]);
+    }
+    let added = median(&times[1]) - median(&times[0]);
+    recorder.point(&format!("{action}, added at the median"), THROUGH, "ms", at, &[added]);
+}
+
+impl Stand {
+    /// The first instance is a namespace; nobody is behind the others' links. The agent isn't started.
+    fn new(instances: usize) -> Result<Self> {
+        let world = World::new(&["a"]);
+        world.host.run(|| world::attach(instances - 1))?;
+        let direct = Moto::inside(&world.host);
+        let group = direct.group();
+        let ids = direct.instances(instances, &group);
+        ensure!(ids.len() == instances, "Moto runs {} of {instances} instances", ids.len());
+        let mut agent = Agent::new(Some(&world.host));
+        Moto::reach(&mut agent, &direct.url());
+        let gateway = SocketAddr::from(GATEWAY);
+        agent.arguments(["--no-docker".to_owned(), "--gateway".to_owned(), gateway.to_string()]);
+        agent.arguments(["--attach".to_owned(), format!("{}=veth-a", ids[0])]);
+        for (number, id) in ids[1..].iter().enumerate() {
+            // Not within the bridge's network.
+            let address = world::addresses(number + 1_000)[0];
+            let mac = world::mac(number + 1_000).map(|byte| format!("{byte:02x}")).join(":");
+            agent.arguments(["--attach".to_owned(), format!("{id}=sgb-{number},ip={address},mac={mac}")]);
+        }
+        let instance = &world.instances[0];
+        let receiver = instance.namespace.run(|| UdpSocket::bind((instance.v4, PORT)))?;
+        receiver.set_read_timeout(Some(ARRIVAL))?;
+        let through = direct.through(gateway, &world.host);
+        Ok(Self { agent, direct, through, group, probes: 0, receiver, world })
+    }
+
+    /// Allows everybody to reach the port, or nobody; how long the call took.
+    fn change(&self, action: &str, is_through: bool) -> Duration {
+        let moto = if is_through { &self.through } else { &self.direct };
+        let port = PORT.to_string();
+        let rule = [
+            ("GroupId", self.group.as_str()),
+            ("IpPermissions.1.IpProtocol", "udp"),
+            ("IpPermissions.1.FromPort", &port),
+            ("IpPermissions.1.ToPort", &port),
+            ("IpPermissions.1.IpRanges.1.CidrIp", "203.0.113.0/24"),
+        ];
+        let started = Instant::now();
+        moto.call(action, &rule);
+        started.elapsed()
+    }
+
+    /// Whether a datagram from outside arrives, of a new flow.
+    fn passes(&mut self) -> Result<bool> {
+        self.probes += 1;
+        let (number, to) = (self.probes.to_ne_bytes(), (self.world.instances[0].v4, PORT));
+        self.world.outside.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?.send_to(&number, to))?;
+        let mut came = [0; 8];
+        loop {
+            match self.receiver.recv(&mut came) {
+                Ok(_) if came == number => return Ok(true),
+                // One that was late.
+                Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(error).context("the instance can't receive"),
+            }
+        }
+    }
+
+    /// How long after this moment a packet meets the new rules. It can't be told more exactly than one probe takes.
+    fn enforced(&mut self, answered: Instant, is_allowed: bool) -> Result<Duration> {
+        loop {
+            let sent = answered.elapsed();
+            if self.passes()? == is_allowed {
+                return Ok(sent);
+            }
+            ensure!(sent < PATIENCE, "a change isn't enforced after {} s\n{}", PATIENCE.as_secs(), self.agent.log());
+        }
+    }
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
