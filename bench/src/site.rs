@@ -82,6 +82,10 @@ impl Site {
             many_connections(namespace);
         }
         world.host.sysctl("net/bridge/bridge-nf-call-iptables", if filter.is_netfilter() { "1" } else { "0" });
+        // Some filters drop questions for neighbours as well, and what is to be denied would wait for an answer.
+        let server = &world.instances[1];
+        let mac = server.mac.map(|byte| format!("{byte:02x}")).join(":");
+        world.instances[0].namespace.ip(&format!("neigh replace {} lladdr {mac} dev eth0 nud permanent", server.v4));
         let mut site = Self { filter, _agent: None, _links: Vec::new(), world };
         match filter {
             Filter::None => {}

@@ -20,7 +20,7 @@ use sg_agent::model::{
     SecurityGroup, Traffic, VpcId,
 };
 use sg_agent::resolve::{Resolver, Settings, World};
-use sg_common::abi::{Config, RELATED_ERRORS};
+use sg_common::abi::{Config, MAX_FLOWS, RELATED_ERRORS};
 use sg_common::conntrack::State;
 
 use crate::load::processor_time;
@@ -68,6 +68,7 @@ impl Agent {
         let config = Config {
             timeouts: State::DEFAULT_TIMEOUTS.map(|seconds| seconds * 1_000_000_000),
             flags: RELATED_ERRORS,
+            allowance: MAX_FLOWS,
             ..Config::default()
         };
         let (datapath, maps) = Datapath::load(&config, None, false)?;
