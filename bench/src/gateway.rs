@@ -82,7 +82,7 @@ fn describe(recorder: &Recorder, stand: &Stand, at: (&str, f64)) -> Result<()> {
 fn by_gateway(recorder: &Recorder, stand: &mut Stand, at: (&str, f64)) -> Result<()> {
     let (mut wrong, mut enforced) = (0, Vec::new());
     let mut times = CHANGES.map(|_| [Vec::new(), Vec::new()]);
-    for _ in 0..recorder.rounds(50) {
+    for _ in 0..recorder.rounds(30) {
         for is_through in [false, true] {
             for ((action, is_allowed), times) in CHANGES.into_iter().zip(&mut times) {
                 recorder.check()?;

@@ -89,7 +89,7 @@ pub fn run(recorder: &Recorder) -> Result<()> {
 
 fn measure(recorder: &Recorder, agent: &mut Agent, shots: &mut [Shot]) -> Result<()> {
     let null = programs::returning(programs::NEXT)?;
-    for round in 0..recorder.rounds(24) {
+    for round in 0..recorder.rounds(16) {
         for shot in shots.iter_mut() {
             recorder.check()?;
             shot.round(agent, &null)?;

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Result, ensure};
 use clap::{Args, ValueEnum};
 
 use crate::deps::{self, python::Venv};
@@ -82,6 +82,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     }
     let mut report = Report::new(&builds, options.quick)?;
     let started = Instant::now();
+    let mut failed: Vec<String> = Vec::new();
     let turns = if builds.len() > 1 { TURNS } else { 1 };
     for section in sections {
         for turn in 0..turns {
@@ -93,10 +94,15 @@ pub fn run(options: &Options) -> Result<ExitCode> {
                 };
                 ui::step(&format!("measuring {}{of}", section.name()));
                 let lines = build.measure(*section, options.quick, &environment);
-                let lines = lines.with_context(|| format!("section {}", section.name()))?;
+                cmd::check_interrupted()?;
                 match lines {
-                    Some(lines) => report.add(number, lines),
-                    None => ui::warn(&format!("{} has no section {} yet", build.name, section.name())),
+                    Ok(Some(lines)) => report.add(number, lines),
+                    Ok(None) => ui::warn(&format!("{} has no section {} yet", build.name, section.name())),
+                    // What else is measured is worth having all the same.
+                    Err(error) => {
+                        ui::warn(&format!("section {} of {}: {error:#}", section.name(), build.name));
+                        failed.push(section.name());
+                    }
                 }
             }
         }
@@ -104,7 +110,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     report.took(started.elapsed());
     let directory = workspace::target().join("bench");
     report.write(&directory)?;
-    if options.docs {
+    if options.docs && failed.is_empty() {
         report.publish(&workspace::root().join("docs"))?;
     }
     if options.json {
@@ -113,6 +119,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         println!("{}", report.summary());
     }
     ui::note(&format!("the report is in {}: report.md, report.json, plots.svg", directory.display()));
+    ensure!(failed.is_empty(), "not all was measured; failed: {}", failed.join(", "));
     Ok(ExitCode::SUCCESS)
 }
 
