@@ -15,8 +15,10 @@ use crate::world::{self, Random};
 const GATEWAY: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 4_566);
 /// The port whose rule comes and goes.
 const PORT: u16 = 7_000;
-/// How long a datagram that passes may take on a busy machine. What passes is there when it has been sent.
-const ARRIVAL: Duration = Duration::from_millis(5);
+/// How long a datagram that passes may take on a busy machine; otherwise it is there when it has been sent.
+const ARRIVAL: Duration = Duration::from_millis(200);
+/// From one datagram to the next.
+const STEP: Duration = Duration::from_millis(1);
 /// Whatever takes longer has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The longest pause before a change that is to be noticed by polling, in milliseconds: it comes at any moment of an
@@ -89,9 +91,9 @@ fn by_gateway(recorder: &Recorder, stand: &mut Stand, at: (&str, f64)) -> Result
                 times[usize::from(is_through)].push(milliseconds(stand.change(action, is_through)));
                 if is_through {
                     let answered = Instant::now();
-                    let at_once = stand.passes()? == is_allowed;
-                    wrong += u32::from(!at_once);
-                    enforced.push(if at_once { 0.0 } else { milliseconds(stand.enforced(answered, is_allowed)?) });
+                    let took = stand.enforced(answered, is_allowed)?;
+                    wrong += u32::from(!took.is_zero());
+                    enforced.push(milliseconds(took));
                 }
             }
         }
@@ -161,7 +163,7 @@ impl Stand {
         }
         let instance = &world.instances[0];
         let receiver = instance.namespace.run(|| UdpSocket::bind((instance.v4, PORT)))?;
-        receiver.set_read_timeout(Some(ARRIVAL))?;
+        receiver.set_nonblocking(true)?;
         let through = direct.through(gateway, &world.host);
         Ok(Self { agent, direct, through, group, probes: 0, receiver, world })
     }
@@ -182,31 +184,41 @@ impl Stand {
         started.elapsed()
     }
 
-    /// Whether a datagram from outside arrives, of a new flow.
-    fn passes(&mut self) -> Result<bool> {
-        self.probes += 1;
-        let (number, to) = (self.probes.to_ne_bytes(), (self.world.instances[0].v4, PORT));
-        self.world.outside.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?.send_to(&number, to))?;
-        let mut came = [0; 8];
-        loop {
-            match self.receiver.recv(&mut came) {
-                Ok(_) if came == number => return Ok(true),
-                // One that was late.
-                Ok(_) => {}
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(false),
-                Err(error) => return Err(error).context("the instance can't receive"),
-            }
-        }
-    }
-
-    /// How long after this moment a packet meets the new rules. It can't be told more exactly than one probe takes.
+    /// How long after this moment packets meet the new rules: a datagram from outside every [`STEP`], each of a new flow, and
+    /// the time at which the first one was sent that met its due. None if that is the first of all.
     fn enforced(&mut self, answered: Instant, is_allowed: bool) -> Result<Duration> {
+        let first = self.probes;
+        let mut sent: Vec<Duration> = Vec::new();
+        // The first probe that arrived, and the one behind the last.
+        let (mut arrived, mut behind) = (None, 0);
+        let to = (self.world.instances[0].v4, PORT);
         loop {
-            let sent = answered.elapsed();
-            if self.passes()? == is_allowed {
-                return Ok(sent);
+            sent.push(answered.elapsed());
+            let number = self.probes.to_ne_bytes();
+            self.probes += 1;
+            self.world.outside.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?.send_to(&number, to))?;
+            let mut came = [0; 8];
+            while self.receiver.recv(&mut came).is_ok() {
+                // An earlier change's may be late.
+                if let Some(place) = u64::from_ne_bytes(came).checked_sub(first) {
+                    arrived.get_or_insert(place as usize);
+                    behind = place as usize + 1;
+                }
             }
-            ensure!(sent < PATIENCE, "a change isn't enforced after {} s\n{}", PATIENCE.as_secs(), self.agent.log());
+            let place = if is_allowed { arrived } else { Some(behind) };
+            let is_settled =
+                |place: &usize| is_allowed || sent.get(*place).is_some_and(|at| answered.elapsed() > *at + ARRIVAL);
+            match place.filter(is_settled) {
+                Some(0) => return Ok(Duration::ZERO),
+                Some(place) => return Ok(sent[place]),
+                None => ensure!(
+                    answered.elapsed() < PATIENCE,
+                    "a change isn't enforced after {} s\n{}",
+                    PATIENCE.as_secs(),
+                    self.agent.log()
+                ),
+            }
+            thread::sleep(STEP);
         }
     }
 }
