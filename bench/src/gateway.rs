@@ -195,8 +195,10 @@ impl Stand {
         loop {
             sent.push(answered.elapsed());
             let number = self.probes.to_ne_bytes();
+            // The port comes again when its flow is long forgotten.
+            let own = 1_024 + (self.probes % 64_000) as u16;
             self.probes += 1;
-            self.world.outside.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?.send_to(&number, to))?;
+            self.world.outside.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, own))?.send_to(&number, to))?;
             let mut came = [0; 8];
             while self.receiver.recv(&mut came).is_ok() {
                 // An earlier change's may be late.
