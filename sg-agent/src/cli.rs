@@ -11,7 +11,8 @@ use ipnet::IpNet;
 use sg_common::abi::{DEFAULT_ALLOWANCE, MAX_FLOWS};
 use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
 
-use crate::discovery::AttachSpec;
+use crate::daemon::EnforcedBridge;
+use crate::discovery::{AttachSpec, names};
 use crate::early::EarlyDrop;
 use crate::exempt::Service;
 use crate::explain::Party;
@@ -102,6 +103,10 @@ pub struct RunArgs {
     /// Enforce on a host-side link that Docker doesn't know: a veth, a VM's tap (repeatable)
     #[arg(long, value_name = "INSTANCE_ID=LINK[,ip=ADDR][,mac=MAC][,eni=ENI]", help_heading = "Instances")]
     pub attach: Vec<AttachSpec>,
+    /// Deny a new port of this bridge everything, from its first packet, until it is known whose it is; 'auto' is every
+    /// bridge that an instance is on (repeatable)
+    #[arg(long, value_name = "auto|BRIDGE", value_parser = bridge, help_heading = "Instances")]
+    pub enforce_bridge: Vec<EnforcedBridge>,
     /// Publish an instance's port on the host; the client's own address is checked at each connection (repeatable)
     #[arg(long, value_name = "INSTANCE_ID:[ADDR:]HOST_PORT=PORT[/udp]", help_heading = "Published ports")]
     pub publish: Vec<PublishSpec>,
@@ -268,11 +273,12 @@ pub struct PortsArgs {
 /// `sg-agent explain`.
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
-    /// The instance whose rules are asked, at its primary interface; or one of its interfaces
-    #[arg(long, value_name = "INSTANCE|ENI")]
-    pub to: InstanceId,
-    /// Where the packet comes from: an address, or another instance, whose egress rules are asked too
-    #[arg(long, value_name = "ADDR|INSTANCE", value_parser = party)]
+    /// Where the packet goes: an instance, whose ingress rules are asked at its primary interface, one of its interfaces, or
+    /// an address
+    #[arg(long, value_name = "INSTANCE|ENI|ADDR", value_parser = party)]
+    pub to: Party,
+    /// Where it comes from: an address, or an instance or interface, whose egress rules are asked
+    #[arg(long, value_name = "ADDR|INSTANCE|ENI", value_parser = party)]
     pub from: Party,
     /// tcp, udp, icmp, icmpv6 or a protocol number
     #[arg(long, value_name = "PROTOCOL", default_value = "tcp", value_parser = protocol)]
@@ -286,7 +292,7 @@ pub struct ExplainArgs {
     /// Put such a packet through the attached programs too, and say if they disagree
     #[arg(long)]
     pub live: bool,
-    /// Turn it round: from the instance of --to, to what --from names
+    /// Insist that --from is an instance, and its egress rules alone are asked
     #[arg(long)]
     pub egress: bool,
     /// Print JSON (a stable interface)
@@ -306,6 +312,13 @@ fn seconds(text: &str) -> Result<Duration, String> {
     let error = || format!("'{text}' is not a number of seconds between 0.05 and 86400");
     let seconds: f64 = text.parse().map_err(|_| error())?;
     if (0.05..=86_400.0).contains(&seconds) { Ok(Duration::from_secs_f64(seconds)) } else { Err(error()) }
+}
+
+fn bridge(text: &str) -> Result<EnforcedBridge, String> {
+    if text == "auto" {
+        return Ok(EnforcedBridge::Auto);
+    }
+    names::link(text).map(|name| EnforcedBridge::Named(name.to_owned()))
 }
 
 fn network(text: &str) -> Result<IpNet, String> {

@@ -1,17 +1,21 @@
 //! R4: from resolved rules to the tables that the kernel looks up. Pure: no I/O, no maps, no clock.
 //!
 //! The rules become a matrix. A *row* is a class of peers that the same rules name, a *column* a class of protocols and
-//! ports that the same rules name; the cell where they meet says what those rules allow together. Longest-prefix match
-//! yields one entry only, so every prefix carries the rules of all prefixes around it. A network ACL compiles into the
-//! same tables; there the first entry that both classes share decides.
+//! ports that the same rules name; the cell where they meet says what those rules allow together. Addresses and ports
+//! are cut into ranges on which the same rules apply, so that one search finds the class (`spaces`). A network ACL
+//! compiles into the same tables; there the first entry that both classes share decides.
+
+mod spaces;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 
 use fixedbitset::FixedBitSet;
-use ipnet::IpNet;
-use sg_common::abi::{self, Direction};
-use sg_common::packet::{ICMP, ICMPV6, TCP, UDP};
+use sg_common::abi::{self, Direction, LINE_WORDS, Line, Policy, Tree};
+use sg_common::packet::{TCP, UDP};
 use sg_common::policy::Match;
+use sg_common::ranges::{self, Key};
 
 use crate::model::Traffic;
 use crate::resolve::{AclSpec, Allowance, Peers, Spec};
@@ -40,41 +44,15 @@ impl Compiled {
     }
 }
 
-/// One direction of a policy. Row and column 0 stand for "no rule" and are never listed.
+/// One direction of a policy, as the kernel looks it up.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Table {
-    /// Peers' networks and their rows; a network's row includes the rules of the networks around it.
-    pub networks: BTreeMap<IpNet, u32>,
-    /// Protocols and ports, and their columns.
-    pub ports: BTreeMap<PortPrefix, u32>,
+    /// Where its parts are in `lines`.
+    pub header: Policy,
+    /// Search trees and matrix, as they are written.
+    pub lines: Vec<Line>,
     /// Referenced groups, by their numbers, and their rows.
     pub references: BTreeMap<u32, u32>,
-    /// Rows, with row 0.
-    pub rows: u32,
-    /// Columns, with column 0.
-    pub columns: u32,
-    /// The cells, two bits each, row by row; a row starts with a new word.
-    pub matrix: Vec<u64>,
-    /// [`abi::REFERENCES`], [`abi::HAS_RULES`] and [`abi::free_replies`].
-    pub flags: u32,
-}
-
-impl Table {
-    /// Words in a row of the matrix.
-    pub fn row_words(&self) -> u32 {
-        self.columns.div_ceil(32)
-    }
-}
-
-/// The data of a longest-prefix match on protocol and port: how many of the 32 bits count.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct PortPrefix {
-    /// The protocol; see [`sg_common::policy::protocol_key`].
-    pub protocol: u16,
-    /// The port, or ICMP type << 8 | code.
-    pub port: u16,
-    /// 0 = every protocol, 16 = every port of one, up to 32 = one port.
-    pub bits: u8,
 }
 
 /// A policy that no table can hold.
@@ -88,11 +66,11 @@ pub enum CompileError {
         /// Classes of ports.
         columns: usize,
     },
-    /// More cells than the matrices of all policies have together.
-    #[error("{words} words of cells are needed, {most} fit; use fewer distinct rules", most = abi::MATRIX_WORDS)]
-    TooManyCells {
-        /// Words of 32 cells.
-        words: usize,
+    /// More than the rules of all policies have room for together.
+    #[error("{lines} lines of rules are needed, {most} fit; use fewer distinct rules", most = abi::RULE_LINES)]
+    TooManyLines {
+        /// Lines of 64 bytes.
+        lines: usize,
     },
 }
 
@@ -114,7 +92,7 @@ fn compile_rules(rules: &[Allowance]) -> Result<Table, CompileError> {
     let says = |rule: usize| if rules[rule].is_any_source() { Match::Any } else { Match::Narrow };
     let mut table = tabulate(rules.iter().map(|rule| (rule.traffic, &rule.peers)), Order::Together, says)?;
     for rule in rules {
-        table.flags |= abi::HAS_RULES | free_replies(rule);
+        table.header.flags |= abi::HAS_RULES | free_replies(rule);
     }
     Ok(table)
 }
@@ -155,33 +133,51 @@ fn tabulate<'a>(
     let count = rules.len();
     let mut rows = Classes::new(count);
     let mut columns = Classes::new(count);
-    let mut table = Table {
-        networks: networks(rules.clone(), count, &mut rows),
-        references: references(rules.clone(), count, &mut rows),
-        ports: ports(rules.map(|(traffic, _)| traffic), count, &mut columns),
-        ..Table::default()
+    let ports = spaces::ports(rules.clone().map(|(traffic, _)| traffic), &mut columns);
+    let peers4 = spaces::peers4(rules.clone().map(|(_, peers)| peers), &mut rows);
+    let peers6 = spaces::peers6(rules.clone().map(|(_, peers)| peers), &mut rows);
+    let references = references(rules, count, &mut rows);
+    let mut lines = Vec::new();
+    let size = size(&rows, &columns)?;
+    let row_words = columns.sets.len().div_ceil(32);
+    let header = Policy {
+        ports: tree(&ports, &mut lines),
+        peers4: tree(&peers4, &mut lines),
+        peers6: tree(&peers6, &mut lines),
+        cells: lines.len() as u32,
+        row_words: row_words as u32,
+        size,
+        flags: if references.is_empty() { 0 } else { abi::REFERENCES },
     };
-    if rows.sets.len() > usize::from(u16::MAX) || columns.sets.len() > usize::from(u16::MAX) {
-        return Err(CompileError::TooManyClasses { rows: rows.sets.len(), columns: columns.sets.len() });
+    // Before cells are computed, which takes minutes where there are far too many.
+    let whole = lines.len() + (row_words * rows.sets.len()).div_ceil(LINE_WORDS);
+    if whole > abi::RULE_LINES as usize {
+        return Err(CompileError::TooManyLines { lines: whole });
     }
-    table.rows = rows.sets.len() as u32;
-    table.columns = columns.sets.len() as u32;
-    if !table.references.is_empty() {
-        table.flags |= abi::REFERENCES;
-    }
-    let row_words = table.row_words() as usize;
-    let words = row_words * rows.sets.len();
-    // Before they are computed, which takes minutes where there are far too many.
-    if words > abi::MATRIX_WORDS as usize {
-        return Err(CompileError::TooManyCells { words });
-    }
-    table.matrix = vec![0; words];
+    lines.resize(whole, Line::default());
+    let cells = lines[header.cells as usize..].as_flattened_mut();
     let columns = columns.by_rule(count);
-    for (row, peers) in rows.sets.iter().enumerate() {
-        let cells = &mut table.matrix[row * row_words..(row + 1) * row_words];
+    for (cells, peers) in cells.chunks_mut(row_words).zip(&rows.sets) {
         fill(cells, peers.ones(), &columns, order, &says);
     }
-    Ok(table)
+    Ok(Table { header, lines, references })
+}
+
+/// [`Policy::size`].
+fn size(rows: &Classes, columns: &Classes) -> Result<u32, CompileError> {
+    let (rows, columns) = (rows.sets.len(), columns.sets.len());
+    match (u16::try_from(rows), u16::try_from(columns)) {
+        (Ok(rows), Ok(columns)) => Ok(u32::from(rows) << 16 | u32::from(columns)),
+        _ => Err(CompileError::TooManyClasses { rows, columns }),
+    }
+}
+
+/// Lays a tree out behind what is there.
+fn tree<K: Key>(ranges: &[(K, u32)], lines: &mut Vec<Line>) -> Tree {
+    let start = lines.len();
+    lines.resize(start + ranges::lines_of::<K>(ranges.len()), Line::default());
+    ranges::lay_out(ranges, &mut lines[start..]);
+    Tree { start: start as u32, last: ranges.len() as u32 - 1 }
 }
 
 /// Fills a row's cells. A rule is looked at once for each row that it is in, with all of its columns at a time: there may
@@ -227,6 +223,11 @@ impl Classes {
         Self { sets: vec![empty.clone()], numbers: HashMap::from([(empty, 0)]) }
     }
 
+    /// How many rules there are.
+    fn rules(&self) -> usize {
+        self.sets[0].len()
+    }
+
     fn number(&mut self, set: &FixedBitSet) -> u32 {
         if let Some(&number) = self.numbers.get(set) {
             return number;
@@ -247,48 +248,6 @@ impl Classes {
     }
 }
 
-/// Every network that a rule names, with the rules of all networks around it. One that adds nothing to the next
-/// broader one is left out.
-fn networks<'a>(
-    rules: impl Iterator<Item = (Traffic, &'a Peers)>,
-    count: usize,
-    rows: &mut Classes,
-) -> BTreeMap<IpNet, u32> {
-    let mut named: BTreeMap<IpNet, FixedBitSet> = BTreeMap::new();
-    for (rule, (_, peers)) in rules.enumerate() {
-        if let Peers::Networks(networks) = peers {
-            for &network in networks.iter() {
-                named.entry(network).or_insert_with(|| FixedBitSet::with_capacity(count)).insert(rule);
-            }
-        }
-    }
-    // In the order of IpNet (family, address, length) a network comes after all that contain it.
-    let mut around: Vec<(IpNet, FixedBitSet)> = Vec::new();
-    let mut numbered = BTreeMap::new();
-    for (network, mut set) in named {
-        while around.last().is_some_and(|(outer, _)| !contains(outer, &network)) {
-            around.pop();
-        }
-        if let Some((_, outer)) = around.last() {
-            if set.is_subset(outer) {
-                continue;
-            }
-            set.union_with(outer);
-        }
-        numbered.insert(network, rows.number(&set));
-        around.push((network, set));
-    }
-    numbered
-}
-
-fn contains(outer: &IpNet, inner: &IpNet) -> bool {
-    match (outer, inner) {
-        (IpNet::V4(outer), IpNet::V4(inner)) => outer.contains(inner),
-        (IpNet::V6(outer), IpNet::V6(inner)) => outer.contains(inner),
-        _ => false,
-    }
-}
-
 fn references<'a>(
     rules: impl Iterator<Item = (Traffic, &'a Peers)>,
     count: usize,
@@ -301,133 +260,4 @@ fn references<'a>(
         }
     }
     named.into_iter().map(|(group, set)| (group, rows.number(&set))).collect()
-}
-
-/// The protocol that a rule is about, and its ports; `None` is every protocol.
-fn port_range(traffic: Traffic) -> Option<(u16, u16, u16)> {
-    let icmp = |kind: Option<u8>, code: Option<u8>| match (kind, code) {
-        (None, _) => (0, u16::MAX),
-        (Some(kind), None) => (u16::from(kind) << 8, u16::from(kind) << 8 | 0xff),
-        (Some(kind), Some(code)) => {
-            let port = u16::from(kind) << 8 | u16::from(code);
-            (port, port)
-        }
-    };
-    let (protocol, (from, to)) = match traffic {
-        Traffic::All => return None,
-        Traffic::Tcp { from, to } => (TCP, (from, to)),
-        Traffic::Udp { from, to } => (UDP, (from, to)),
-        Traffic::Icmp { kind, code } => (ICMP, icmp(kind, code)),
-        Traffic::Icmpv6 { kind, code } => (ICMPV6, icmp(kind, code)),
-        Traffic::Other { number } => (number, (0, u16::MAX)),
-    };
-    Some((protocol.into(), from, to))
-}
-
-/// Every protocol's ports, cut where some rule's range begins or ends. A range is at most 30 prefixes, whatever its
-/// length.
-fn ports(rules: impl Iterator<Item = Traffic>, count: usize, columns: &mut Classes) -> BTreeMap<PortPrefix, u32> {
-    let mut every_protocol = FixedBitSet::with_capacity(count);
-    let mut by_protocol: BTreeMap<u16, Vec<(usize, u16, u16)>> = BTreeMap::new();
-    for (rule, traffic) in rules.enumerate() {
-        match port_range(traffic) {
-            None => every_protocol.insert(rule),
-            Some((protocol, from, to)) => by_protocol.entry(protocol).or_default().push((rule, from, to)),
-        }
-    }
-    let mut prefixes = BTreeMap::new();
-    if !every_protocol.is_clear() {
-        prefixes.insert(PortPrefix { protocol: 0, port: 0, bits: 0 }, columns.number(&every_protocol));
-    }
-    for (protocol, ranges) in by_protocol {
-        let mut every_port = every_protocol.clone();
-        every_port.extend(ranges.iter().filter(|&&(_, from, to)| (from, to) == (0, u16::MAX)).map(|&(rule, ..)| rule));
-        prefixes.insert(PortPrefix { protocol, port: 0, bits: 16 }, columns.number(&every_port));
-        for (from, to, set) in intervals(&ranges, &every_port) {
-            let column = columns.number(&set);
-            for (port, bits) in prefixes_of(from, to) {
-                prefixes.insert(PortPrefix { protocol, port, bits: 16 + bits }, column);
-            }
-        }
-    }
-    prefixes
-}
-
-/// The stretches of ports on which the same rules apply, those left out on which only `every_port` do.
-fn intervals(ranges: &[(usize, u16, u16)], every_port: &FixedBitSet) -> Vec<(u16, u16, FixedBitSet)> {
-    // Where rules begin and end, in order; between two such places the same ones apply.
-    let mut cuts: BTreeMap<u32, Vec<(usize, bool)>> = BTreeMap::new();
-    for &(rule, from, to) in ranges.iter().filter(|&&(_, from, to)| (from, to) != (0, u16::MAX)) {
-        cuts.entry(from.into()).or_default().push((rule, true));
-        cuts.entry(u32::from(to) + 1).or_default().push((rule, false));
-    }
-    let mut stretches = Vec::new();
-    let mut applying = every_port.clone();
-    let mut cuts = cuts.into_iter().peekable();
-    while let Some((from, changes)) = cuts.next() {
-        changes.into_iter().for_each(|(rule, begins)| applying.set(rule, begins));
-        if let Some(&(next, _)) = cuts.peek()
-            && applying != *every_port
-        {
-            stretches.push((from as u16, (next - 1) as u16, applying.clone()));
-        }
-    }
-    stretches
-}
-
-/// A range as prefixes: (first port, bits that count).
-fn prefixes_of(from: u16, to: u16) -> Vec<(u16, u8)> {
-    let (mut next, end) = (u32::from(from), u32::from(to) + 1);
-    let mut prefixes = Vec::new();
-    while next < end {
-        // The largest block that starts here: as aligned as `next` is, as long as what is left.
-        let aligned = next.trailing_zeros().min(16);
-        let fitting = (end - next).ilog2();
-        let size = aligned.min(fitting);
-        prefixes.push((next as u16, 16 - size as u8));
-        next += 1 << size;
-    }
-    prefixes
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ranges_become_few_prefixes() {
-        assert_eq!(prefixes_of(22, 22), [(22, 16)]);
-        assert_eq!(prefixes_of(0, u16::MAX), [(0, 0)]);
-        assert_eq!(prefixes_of(8000, 8010), [(8000, 13), (8008, 15), (8010, 16)]);
-        assert_eq!(prefixes_of(1, 65534).len(), 30);
-        assert_eq!(prefixes_of(u16::MAX, u16::MAX), [(u16::MAX, 16)]);
-        for (from, to) in [(0, 0), (1, 1023), (1024, 65535), (3, 40000), (32767, 32768)] {
-            let mut covered: Vec<u32> = Vec::new();
-            for (port, bits) in prefixes_of(from, to) {
-                covered.extend(u32::from(port)..u32::from(port) + (1 << (16 - bits)));
-            }
-            assert_eq!(covered, (u32::from(from)..=u32::from(to)).collect::<Vec<_>>());
-        }
-    }
-
-    #[test]
-    fn stretches_of_ports_have_the_rules_that_apply() {
-        let set = |rules: &[usize]| {
-            let mut set = FixedBitSet::with_capacity(6);
-            rules.iter().for_each(|&rule| set.insert(rule));
-            set
-        };
-        let ranges = [(0, 22, 22), (1, 10, 30), (2, 22, 22), (3, 0, u16::MAX), (4, 23, u16::MAX), (5, 50, 60)];
-        let every_port = set(&[3]);
-        let expected = [
-            (10, 21, set(&[1, 3])),
-            (22, 22, set(&[0, 1, 2, 3])),
-            (23, 30, set(&[1, 3, 4])),
-            (31, 49, set(&[3, 4])),
-            (50, 60, set(&[3, 4, 5])),
-            (61, u16::MAX, set(&[3, 4])),
-        ];
-        assert_eq!(intervals(&ranges, &every_port), expected);
-        assert!(intervals(&[(3, 0, u16::MAX)], &every_port).is_empty());
-    }
 }

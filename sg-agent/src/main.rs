@@ -15,6 +15,7 @@ use sg_agent::conntrack_settings::timeouts;
 use sg_agent::daemon::{self, LockError, NotRunning, Options, Origins, Places, Reply, Request, ask};
 use sg_agent::datapath::Pins;
 use sg_agent::exempt::Service;
+use sg_agent::explain::Party;
 use sg_agent::source::Ec2Options;
 use sg_agent::status::PublishedPort;
 use sg_agent::{discovery, explain, gateway, launcher, proxy, render, resolve, source};
@@ -95,6 +96,8 @@ fn options(places: Places, args: RunArgs) -> Result<Options> {
         bail!("needs root to load eBPF programs and enter network namespaces; run it with sudo");
     }
     let origins = match args.rules {
+        // One that comes to be unreadable later is waited for; a name that is nothing's is a mistyped one.
+        Some(file) if !file.exists() => bail!("--rules {}: there is no such file", file.display()),
         Some(file) => Origins::File(file),
         None => Origins::Endpoint(Ec2Options {
             endpoint: args.endpoint_url,
@@ -118,7 +121,13 @@ fn options(places: Places, args: RunArgs) -> Result<Options> {
     Ok(Options {
         places,
         origins,
-        discovery: discovery::Options { docker: !args.no_docker, attach: args.attach, ..Default::default() },
+        discovery: discovery::Options {
+            docker: !args.no_docker,
+            attach: args.attach,
+            ports: !args.enforce_bridge.is_empty(),
+            ..Default::default()
+        },
+        enforce_bridges: args.enforce_bridge,
         publish: args.publish,
         deny: if args.deny == Deny::Reject { proxy::Deny::Reject } else { proxy::Deny::Drop },
         early_drop: args.early_drop,
@@ -165,7 +174,7 @@ async fn status(places: &Places, args: &StatusArgs) -> Result<ExitCode> {
             break status;
         }
     };
-    let text = if args.json { serde_json::to_string_pretty(&*status)? } else { render::status(&status) };
+    let text = if args.json { render::json(&*status)? } else { render::status(&status) };
     print(&text)?;
     Ok(if status.enforced { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -178,7 +187,7 @@ async fn ports(places: &Places, args: &PortsArgs) -> Result<ExitCode> {
     let is_asked = |instance: &str| args.instance.as_ref().is_none_or(|asked| *asked.0 == *instance);
     let ports = status.published.iter().filter(|port| is_asked(&port.instance));
     let ports: Vec<PublishedPort> = ports.map(PublishedPort::from).collect();
-    print(&if args.json { serde_json::to_string_pretty(&ports)? } else { render::ports(&ports) })?;
+    print(&if args.json { render::json(&ports)? } else { render::ports(&ports) })?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -210,18 +219,26 @@ async fn explain_packet(places: &Places, args: ExplainArgs) -> Result<ExitCode> 
         (ICMPV6, _, kind) => kind.unwrap_or(128 << 8),
         _ => 0,
     };
-    let query = explain::Query {
-        instance: args.to,
-        peer: args.from,
-        protocol: args.proto,
-        port,
-        egress: args.egress,
-        live: args.live,
+    let (instance, peer, egress) = match (args.from, args.to) {
+        (Party::Instance(sender), to @ Party::Address(_)) => (sender, to, true),
+        (from, Party::Instance(receiver)) if !args.egress => (receiver, from, false),
+        (Party::Instance(_), Party::Instance(_)) => {
+            bail!(
+                "both ends are instances, and both gates are asked: leave --egress out, or name the receiver by its address"
+            )
+        }
+        (Party::Address(from), _) if args.egress => {
+            bail!(
+                "--egress asks the rules of the instance that sends, but --from {from} is none: name that by --from, and where it sends to by --to"
+            )
+        }
+        (Party::Address(_), _) => bail!("neither --from nor --to is an instance: whose rules are asked?"),
     };
+    let query = explain::Query { instance, peer, protocol: args.proto, port, egress, live: args.live };
     let Reply::Explanation(explanation) = ask(&places.socket(), &Request::Explain(query)).await? else {
         bail!("the agent gave no explanation")
     };
-    let text = if args.json { serde_json::to_string_pretty(&explanation)? } else { render::explanation(&explanation) };
+    let text = if args.json { render::json(&explanation)? } else { render::explanation(&explanation) };
     print(&text)?;
     if explanation.kernel_disagrees {
         bail!("the kernel disagrees with the model: please report this, with the output of --json");
@@ -243,7 +260,7 @@ fn detach(places: &Places, args: &DetachArgs) -> Result<ExitCode> {
     };
     let _pins = Pins::new(&places.bpffs).lock()?;
     let report = Pins::new(&places.bpffs).remove_all();
-    let text = if args.json { serde_json::to_string_pretty(&report)? } else { render::detached(&report) };
+    let text = if args.json { render::json(&report)? } else { render::detached(&report) };
     print(&text)?;
     Ok(if report.errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -84,6 +84,7 @@ fn agent(page: &mut Page, status: &Status) -> fmt::Result {
     page.gauge("warnings", "What is enforced otherwise than expected", status.warnings.len() as u64)?;
     page.counter("commits", "Changes of what is enforced", status.generation)?;
     page.counter("refused_changes", "Changes that were refused whole", status.refused_changes)?;
+    page.counter("lost_log_lines", "Lines of the drop log that there was no room for", status.lost_log_lines)?;
     let repairs = status.repairs.iter();
     page.family(
         "repairs",
@@ -108,15 +109,8 @@ fn sources(page: &mut Page, sources: &[SourceStatus]) -> fmt::Result {
 
 fn tables(page: &mut Page, status: &Status) -> fmt::Result {
     let by_table = |usage: &Usage| {
-        [
-            ("policies", usage.policies),
-            ("prefixes4", usage.prefixes4),
-            ("prefixes6", usage.prefixes6),
-            ("ports", usage.ports),
-            ("references", usage.references),
-            ("matrix_words", usage.matrix_words),
-        ]
-        .map(|(table, entries)| (vec![("table", table.to_owned())], ConstGauge::new(u64::from(entries))))
+        [("policies", usage.policies), ("references", usage.references), ("lines", usage.lines)]
+            .map(|(table, entries)| (vec![("table", table.to_owned())], ConstGauge::new(u64::from(entries))))
     };
     page.family("table_entries", "What the rule maps hold", by_table(&status.usage))?;
     page.family("table_capacity", "What they could hold", by_table(&status.capacity))?;
@@ -164,6 +158,7 @@ fn published(page: &mut Page, ports: &[PortCounters]) -> fmt::Result {
     let labels = |port: &PortCounters, more: &[(&'static str, &str)]| {
         let own = vec![
             ("instance", port.instance.clone()),
+            ("address", port.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")),
             ("host_port", port.host_port.to_string()),
             ("protocol", port.protocol.clone()),
         ];
@@ -250,6 +245,7 @@ mod tests {
             refused_changes: 2,
             conntrack_allowance_available: 11,
             repairs: BTreeMap::from([("map_altered".to_owned(), 4)]),
+            lost_log_lines: 5,
             warnings: vec![],
         }
     }
@@ -262,6 +258,7 @@ mod tests {
             "sg_agent_enforced 0",
             "sg_agent_refused_changes_total 2",
             "sg_agent_repairs_total{kind=\"map_altered\"} 4",
+            "sg_agent_lost_log_lines_total 5",
             "sg_agent_source_up{source=\"http://127.0.0.1:5000\",account=\"1\",region=\"us-east-1\"} 1",
             "sg_agent_conntrack_allowance_available{instance=\"i-\\\"1\\n\",eni=\"\",link=\"veth1\"} 9",
             "# EOF",

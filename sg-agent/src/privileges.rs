@@ -12,7 +12,10 @@ use nix::errno::Errno;
 use nix::fcntl::AtFlags;
 use nix::libc;
 use nix::unistd::{AccessFlags, faccessat};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    sock_filter,
+};
 
 /// What is kept, and for what.
 const KEPT: [Capability; 7] = [
@@ -35,7 +38,7 @@ const KEPT: [Capability; 7] = [
 /// Kept as well where a file that the agent was told to use is another user's own.
 const FOR_OTHERS_FILES: Capability = Capability::CAP_DAC_OVERRIDE;
 
-/// System calls that the agent never makes: each fails with EPERM. What a daemon that is taken over would need to get
+/// System calls that the agent never makes: each fails with EPERM, as do those of [`refuse`]. What a daemon that is taken over would need to get
 /// further: into other processes, the kernel, mounts, the clock; and kernel interfaces with a long record of holes.
 const REFUSED: &[libc::c_long] = &[
     libc::SYS_ptrace,
@@ -97,6 +100,21 @@ const REFUSED: &[libc::c_long] = &[
 /// Refused as well where no profile asks for a command that gives credentials.
 const EXECUTING: &[libc::c_long] = &[libc::SYS_execve, libc::SYS_execveat];
 
+/// `clone(2)` with any of these makes a namespace, as unshare(2) does; threads and commands are made without.
+const NAMESPACES: [libc::c_int; 7] = [
+    libc::CLONE_NEWNS,
+    libc::CLONE_NEWCGROUP,
+    libc::CLONE_NEWUTS,
+    libc::CLONE_NEWIPC,
+    libc::CLONE_NEWUSER,
+    libc::CLONE_NEWPID,
+    libc::CLONE_NEWNET,
+];
+
+/// The lowest number of a system call of the x32 ABI (arch/x86/include/uapi/asm/unistd.h: `__X32_SYSCALL_BIT`), which has
+/// the architecture of the others: all calls have a second number there. No architecture's own are as high.
+const X32: u32 = 0x4000_0000;
+
 /// What can't be given up.
 #[derive(Debug, thiserror::Error)]
 pub enum PrivilegeError {
@@ -152,16 +170,55 @@ fn never_by_user_id() {
     }
 }
 
-/// Has the kernel refuse what is never called. No new privileges come with it.
+/// Has the kernel refuse what is never called. No new privileges come with it. A call by another architecture's table
+/// (32 bits), which has other numbers, ends the process: that is how seccompiler begins each filter.
 fn refuse(may_execute: bool) -> Result<(), PrivilegeError> {
-    let failed = |error: seccompiler::BackendError| PrivilegeError::Filter(error.into());
     let executing = if may_execute { &[][..] } else { EXECUTING };
-    let rules: BTreeMap<i64, Vec<_>> = REFUSED.iter().chain(executing).map(|&call| (call, Vec::new())).collect();
-    let refuse = SeccompAction::Errno(Errno::EPERM as u32);
+    let mut rules: Rules = REFUSED.iter().chain(executing).map(|&call| (call, Vec::new())).collect();
+    let makes = |flag: libc::c_int| argument(0, SeccompCmpOp::MaskedEq(flag as u64), flag as u64);
+    rules.insert(libc::SYS_clone, NAMESPACES.into_iter().map(makes).collect::<Result<_, _>>().map_err(failed)?);
+    // Network namespaces alone are entered.
+    let elsewhere = argument(1, SeccompCmpOp::Ne, libc::CLONE_NEWNET as u64).map_err(failed)?;
+    rules.insert(libc::SYS_setns, vec![elsewhere]);
+    let mut filter = filter(rules, Errno::EPERM)?;
+    filter.splice(0..0, no_x32());
+    apply(&filter)?;
+    // Its flags are in memory, where no filter sees them. Who is told that there is no such call takes clone(2).
+    apply(&self::filter(Rules::from([(libc::SYS_clone3, Vec::new())]), Errno::ENOSYS)?)
+}
+
+/// By the call's number, when it is refused; always, if there are none.
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+fn argument(number: u8, is: SeccompCmpOp, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
+    // The kernel takes these for `int`s.
+    SeccompRule::new(vec![SeccompCondition::new(number, SeccompCmpArgLen::Dword, is, value)?])
+}
+
+fn filter(rules: Rules, error: Errno) -> Result<BpfProgram, PrivilegeError> {
     let arch = std::env::consts::ARCH.try_into().map_err(failed)?;
+    let refuse = SeccompAction::Errno(error as u32);
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, arch).map_err(failed)?;
-    let program: BpfProgram = filter.try_into().map_err(failed)?;
-    seccompiler::apply_filter(&program).map_err(|error| PrivilegeError::Filter(error.into()))
+    filter.try_into().map_err(failed)
+}
+
+/// What seccompiler has no word for: a call's number by comparison. Refused from [`X32`] on.
+fn no_x32() -> [sock_filter; 3] {
+    let instruction = |code: u32, skip: u8, k: u32| sock_filter { code: code as u16, jt: 0, jf: skip, k };
+    [
+        // `seccomp_data.nr` is the first field.
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 1, X32),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ERRNO | Errno::EPERM as u32),
+    ]
+}
+
+fn apply(filter: &BpfProgram) -> Result<(), PrivilegeError> {
+    seccompiler::apply_filter(filter).map_err(|error| PrivilegeError::Filter(error.into()))
+}
+
+fn failed(error: seccompiler::BackendError) -> PrivilegeError {
+    PrivilegeError::Filter(error.into())
 }
 
 fn is_denied(path: &Path, access: AccessFlags) -> bool {
@@ -193,6 +250,85 @@ mod tests {
             assert!(std::fs::read("/proc/self/status").is_ok(), "the rest goes on");
         };
         std::thread::spawn(test).join().expect("a test that passes");
+    }
+
+    /// Each call fails at once without the filter too, but otherwise.
+    #[test]
+    fn namespaces_are_neither_made_nor_entered_by_another_call() {
+        let failed = |call: libc::c_long, arguments: [libc::c_long; 2]| {
+            // SAFETY: with these arguments the kernel refuses before it does anything or follows a pointer.
+            let result = unsafe { libc::syscall(call, arguments[0], arguments[1], 0, 0, 0) };
+            (result == -1).then(Errno::last)
+        };
+        // A thread that doesn't share its signals, and a namespace of no kind.
+        let clone = move |flag: libc::c_int| failed(libc::SYS_clone, [(libc::CLONE_THREAD | flag).into(), 0]);
+        let setns = move |kind: libc::c_int| failed(libc::SYS_setns, [-1, kind.into()]);
+        let test = move || {
+            for flag in NAMESPACES {
+                assert_eq!((clone(flag), setns(flag)), (Some(Errno::EINVAL), Some(Errno::EBADF)));
+            }
+            assert_eq!(failed(libc::SYS_clone3, [0, 0]), Some(Errno::EINVAL));
+            refuse(true).expect("a filter that the kernel takes");
+            for flag in NAMESPACES {
+                assert_eq!(clone(flag), Some(Errno::EPERM));
+                let expected = if flag == libc::CLONE_NEWNET { Errno::EBADF } else { Errno::EPERM };
+                assert_eq!(setns(flag), Some(expected));
+            }
+            assert_eq!((clone(0), setns(0)), (Some(Errno::EINVAL), Some(Errno::EPERM)), "0 is any kind");
+            assert_eq!(failed(libc::SYS_clone3, [0, 0]), Some(Errno::ENOSYS));
+            std::thread::spawn(|| {}).join().expect("threads are made as ever");
+            assert!(std::process::Command::new("/bin/true").status().is_ok_and(|status| status.success()));
+        };
+        std::thread::spawn(test).join().expect("a test that passes");
+    }
+
+    #[test]
+    fn calls_by_other_numbers_are_refused() {
+        let test = || {
+            let x32 = libc::c_long::from(X32) | libc::SYS_getppid;
+            // SAFETY: the call takes no arguments.
+            let call = move || unsafe { libc::syscall(x32) };
+            assert!(call() != -1 || Errno::last() == Errno::ENOSYS, "most kernels have no x32");
+            refuse(false).expect("a filter that the kernel takes");
+            assert_eq!((call(), Errno::last()), (-1, Errno::EPERM));
+        };
+        std::thread::spawn(test).join().expect("a test that passes");
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn a_call_by_the_32_bit_table_ends_the_process() {
+        use nix::sys::signal::Signal;
+        use nix::sys::wait::{WaitStatus, waitpid};
+        let child = |restricted: bool| {
+            // SAFETY: the child makes system calls and ends, but for the filter's vectors: no other thread of this process
+            // can hold the allocator's lock for it, since glibc's fork takes that over.
+            match unsafe { nix::unistd::fork() }.expect("a child") {
+                nix::unistd::ForkResult::Child => {
+                    let failed = restricted && refuse(false).is_err();
+                    const GETPID: i32 = 20;
+                    let mut result = GETPID;
+                    if !failed {
+                        // SAFETY: getpid(2) of the 32-bit table takes nothing and writes nothing but its result.
+                        unsafe {
+                            std::arch::asm!(
+                                "int 0x80", inout("eax") result,
+                                out("r8") _, out("r9") _, out("r10") _, out("r11") _
+                            );
+                        }
+                    }
+                    // SAFETY: ends this process without any of its parent's clean-up.
+                    unsafe { libc::_exit(if !failed && result > 0 { 0 } else { 1 }) }
+                }
+                nix::unistd::ForkResult::Parent { child } => waitpid(child, None).expect("the child's end"),
+            }
+        };
+        if !matches!(child(false), WaitStatus::Exited(_, 0)) {
+            eprintln!("skipped: this kernel has no 32-bit system calls (CONFIG_IA32_EMULATION)");
+            return;
+        }
+        let end = child(true);
+        assert!(matches!(end, WaitStatus::Signaled(_, Signal::SIGSYS, _)), "{end:?}");
     }
 
     #[test]

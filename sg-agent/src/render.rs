@@ -159,6 +159,9 @@ pub fn detached(report: &DetachReport) -> String {
         (0, 0) => "nothing was attached".to_owned(),
         (links, maps) => format!("detached: {links} programs taken off links, {maps} maps removed"),
     };
+    if report.gate {
+        text.push_str(", bridges opened to new ports");
+    }
     for error in &report.errors {
         let _ = write!(text, "\nerror: {}", clean(error));
     }
@@ -169,6 +172,22 @@ fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic).set_header(header);
     table
+}
+
+/// A value as JSON. What steers a terminal is escaped in it too, beyond what JSON asks for (all below U+0020).
+///
+/// # Errors
+/// Those of the value's own `Serialize`.
+pub fn json(value: &impl serde::Serialize) -> serde_json::Result<String> {
+    let text = serde_json::to_string_pretty(value)?;
+    let is_steering = |char: &char| char.is_control() && *char != '\n';
+    Ok(text.chars().fold(String::with_capacity(text.len()), |mut safe, char| {
+        match Some(char).filter(is_steering) {
+            Some(char) => safe += &format!("\\u{:04x}", u32::from(char)),
+            None => safe.push(char),
+        }
+        safe
+    }))
 }
 
 /// A text without control characters.

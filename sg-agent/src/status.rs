@@ -49,8 +49,11 @@ pub struct Status {
     /// dropped for want of room is among the interfaces' counters: `conntrack_allowance_exceeded`.
     pub conntrack_allowance_available: u32,
     /// What somebody else had changed in the kernel and was put right, since the start, by kind: `program_detached`,
-    /// `program_preceded`, `program_unpinned`, `map_altered`.
+    /// `program_preceded`, `program_unpinned`, `map_altered`, `gate_removed`.
     pub repairs: BTreeMap<String, u64>,
+    /// Lines of the drop log (`--log-drops`) that there was no room for; the packets are among the counters all the same.
+    #[serde(default)]
+    pub lost_log_lines: u64,
     /// What is enforced otherwise than somebody might expect.
     pub warnings: Vec<Warning>,
 }
@@ -248,6 +251,7 @@ impl Status {
             refused_changes: refused,
             conntrack_allowance_available: abi::MAX_FLOWS.saturating_sub(flows),
             repairs,
+            lost_log_lines: maps.lost_lines().unwrap_or_default(),
             warnings: warnings.into_iter().collect(),
         }
     }

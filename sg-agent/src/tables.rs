@@ -5,11 +5,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use sg_common::abi::{Binding, Config, DELEGATED, DELEGATED_LENGTH, Direction, GROUPS_PER_MEMBER, Member, Policy};
+use sg_common::abi::{
+    Binding, Config, DELEGATED, DELEGATED_LENGTH, Direction, GROUPS_PER_MEMBER, Line, Member, Policy,
+};
 use sg_common::addr::Address;
 use sg_common::policy::Tables;
 
-use crate::compile::{Compiled, PortPrefix, Table};
+use crate::compile::{Compiled, Table};
 use crate::exempt::Service;
 use crate::resolve::Membership;
 
@@ -62,40 +64,11 @@ impl Tables for InMemory {
     }
 
     fn policy(&self, table: u32) -> Option<Policy> {
-        let compiled = self.table(table)?;
-        Some(Policy {
-            matrix: 0,
-            row_words: compiled.row_words(),
-            size: compiled.rows << 16 | compiled.columns,
-            flags: compiled.flags,
-        })
+        Some(self.table(table)?.header)
     }
 
-    fn row(&self, table: u32, peer: &Address) -> u32 {
-        let Some(table) = self.table(table) else { return 0 };
-        let peer = IpAddr::from(*peer);
-        let most = if peer.is_ipv4() { 32 } else { 128 };
-        (0..=most)
-            .rev()
-            .filter_map(|length| IpNet::new(peer, length).ok())
-            .find_map(|network| table.networks.get(&network.trunc()).copied())
-            .unwrap_or(0)
-    }
-
-    fn column(&self, table: u32, protocol: u16, port: u16) -> u32 {
-        let Some(table) = self.table(table) else { return 0 };
-        let value = u32::from(protocol) << 16 | u32::from(port);
-        (0..=32)
-            .rev()
-            .find_map(|bits: u8| {
-                let kept = if bits == 0 { 0 } else { value & u32::MAX << (32 - u32::from(bits)) };
-                table.ports.get(&PortPrefix { protocol: (kept >> 16) as u16, port: kept as u16, bits }).copied()
-            })
-            .unwrap_or(0)
-    }
-
-    fn cells(&self, table: u32, _policy: &Policy, word: u32) -> u64 {
-        self.table(table).and_then(|table| table.matrix.get(word as usize)).copied().unwrap_or(0)
+    fn line(&self, table: u32, line: u32) -> Option<&Line> {
+        self.table(table)?.lines.get(line as usize)
     }
 
     fn reference(&self, table: u32, group: u32) -> u32 {

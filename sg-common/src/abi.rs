@@ -14,7 +14,9 @@ use crate::addr::Address;
 
 /// The version of everything in this module and those below it. Bump it with every change of a type, a map or a number's
 /// meaning.
-pub const LAYOUT: u32 = 3;
+pub const LAYOUT: u32 = if ANOTHER { 1_000 } else { 4 };
+/// See the feature: some maps have other sizes then, and programs that use them other instructions.
+const ANOTHER: bool = cfg!(feature = "another-layout");
 
 /// As seen from the interface: what arrives, or what leaves.
 #[repr(u8)]
@@ -104,20 +106,64 @@ pub struct Binding {
 }
 const _: () = assert!(size_of::<Binding>() == 8);
 
-/// One direction of a compiled policy. Map `POLICIES`, at `2 * policy + direction`. Immutable once bound.
+/// One direction of a compiled policy: where its parts are in `RULES`. Map `POLICIES`, at `2 * policy + direction`.
+/// Immutable once bound.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Policy {
-    /// The first of this policy's words in `MATRIX`.
-    pub matrix: u32,
+    /// From (protocol, port) to columns.
+    pub ports: Tree,
+    /// From IPv4 addresses to rows.
+    pub peers4: Tree,
+    /// From IPv6 addresses to rows.
+    pub peers6: Tree,
+    /// The first line of its matrix.
+    pub cells: u32,
     /// Words in a row of its matrix.
     pub row_words: u32,
-    /// Rows and columns, for bounds: `rows << 16 | columns`.
+    /// Rows and columns, for bounds: `rows << 16 | columns`. 0 where there is no policy.
     pub size: u32,
     /// [`REFERENCES`], and [`free_replies`].
     pub flags: u32,
 }
-const _: () = assert!(size_of::<Policy>() == 16);
+const _: () = assert!(size_of::<Policy>() == 40);
+
+impl Policy {
+    /// The same, where its parts lie so many lines further on.
+    pub const fn moved(self, lines: u32) -> Self {
+        Self {
+            ports: self.ports.moved(lines),
+            peers4: self.peers4.moved(lines),
+            peers6: self.peers6.moved(lines),
+            cells: self.cells + lines,
+            ..self
+        }
+    }
+}
+
+/// A search tree; [`crate::ranges`] says how it is laid out.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Tree {
+    /// Its first line.
+    pub start: u32,
+    /// The number of its last range, counted from 0.
+    pub last: u32,
+}
+const _: () = assert!(size_of::<Tree>() == 8);
+
+impl Tree {
+    const fn moved(self, lines: u32) -> Self {
+        Self { start: self.start + lines, ..self }
+    }
+}
+
+/// What the map `RULES` consists of, memory-mapped by the agent: a cache line. A policy's search trees and matrix lie in
+/// it one after another.
+pub type Line = [u64; LINE_WORDS];
+
+/// Words of a [`Line`].
+pub const LINE_WORDS: usize = 8;
 
 /// Flag of [`Policy`]: some rule refers to a group, so the peer's memberships matter.
 pub const REFERENCES: u32 = 1;
@@ -136,41 +182,6 @@ pub const fn free_replies(is_v4: bool, protocol: u8) -> u32 {
         _ => 0,
     }
 }
-
-/// Key data of the longest-prefix-match map `CIDRS4`: table, then address, in network order.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Cidr4Key {
-    /// [`table`], big-endian.
-    pub table: [u8; 4],
-    /// The peer's address.
-    pub address: [u8; 4],
-}
-const _: () = assert!(size_of::<Cidr4Key>() == 8);
-
-/// Key data of `CIDRS6`.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Cidr6Key {
-    /// [`table`], big-endian.
-    pub table: [u8; 4],
-    /// The peer's address.
-    pub address: [u8; 16],
-}
-const _: () = assert!(size_of::<Cidr6Key>() == 20);
-
-/// Key data of `PORTS`: table, then protocol, then port, in network order.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct PortKey {
-    /// [`table`], big-endian.
-    pub table: [u8; 4],
-    /// [`crate::policy::protocol_key`], big-endian.
-    pub protocol: [u8; 2],
-    /// The destination port, or an ICMP message's type and code; big-endian.
-    pub port: [u8; 2],
-}
-const _: () = assert!(size_of::<PortKey>() == 8);
 
 /// One direction of one policy, as the keys of its look-ups carry it.
 #[inline(always)]
@@ -346,9 +357,6 @@ mod user {
         Interface,
         Binding,
         Policy,
-        Cidr4Key,
-        Cidr6Key,
-        PortKey,
         ReferenceKey,
         MemberKey,
         Member,

@@ -51,6 +51,16 @@ impl Address {
         self.0[3].to_ne_bytes()
     }
 
+    /// The address's sixteen bytes as a number.
+    #[inline(always)]
+    pub const fn number(&self) -> u128 {
+        let [a, b, c, d] = self.0;
+        (u32::from_be(a) as u128) << 96
+            | (u32::from_be(b) as u128) << 64
+            | (u32::from_be(c) as u128) << 32
+            | u32::from_be(d) as u128
+    }
+
     /// The first four bytes of an IPv6 address as a number.
     #[inline(always)]
     const fn high(&self) -> u32 {

@@ -1,8 +1,13 @@
 //! What a flow is, which packets belong to it, and how it ages. Pure: the table itself is the caller's.
 //!
-//! One entry serves both directions of one interface's flow; its key is written from the instance's side. Two CPUs may
-//! update an entry at the same time: each field is written whole, the worst outcome is one state change or refresh
-//! lost, and the flow's next packet repeats it.
+//! One entry serves both directions of one interface's flow; its key is written from the instance's side.
+//!
+//! Who may race: two CPUs that note packets of one flow, or one that notes and one that begins the flow anew with the same
+//! ports, or removes it. Each field is written whole. Worst, of the first two: a state change or refresh is lost or an old one
+//! comes back, and the flow's next packets put it right. Of the last: the kernel has given the entry's place to another flow
+//! already, and the notes are that one's, for which two look-ups and a removal must fit between one program's look-up and
+//! its note. That flow was allowed when it began; it lives by another timeout or, with the flag of a flow that nothing filters,
+//! outlives one revoke under `--on-revoke=cut`. It heals with its next state change, or with its end.
 
 use crate::abi::{
     ACKNOWLEDGED, ALIVE_ORIGIN, ALIVE_REPLY, Config, Direction, FIN_ORIGIN, FIN_REPLY, Flow, FlowKey, ORIGIN_EGRESS,

@@ -1,5 +1,10 @@
 //! Published ports before the handshake: does this packet begin a flow that the rules deny? Asks the same question as
 //! the proxy does of each client that reaches it, so whatever is left to the proxy here is judged there.
+//!
+//! Who may race: the agent, which writes ports, interfaces and rules, or opens and closes the proxy's listeners. Worst: a
+//! client's packet is denied, or answered with a reset, by what stood a moment ago, or by another port's or interface's entry
+//! that took this one's place while it was read. It heals when the client tries again; what passes here wrongly, the proxy
+//! denies, whose answer alone counts.
 
 use crate::abi::{Direction, Interface, PublishedKey, PublishedPort};
 use crate::addr::Address;

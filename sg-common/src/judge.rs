@@ -58,6 +58,7 @@ pub fn judge<M: Tables + Memory>(
     frame: &impl Frame,
     mark: u32,
 ) -> Verdict {
+    let eni = read_once(&interface.eni);
     let ethernet = packet::ethernet(frame)?;
     if ethernet.ethertype == packet::ARP {
         return guard::arp(maps, interface, direction, &ethernet, frame);
@@ -70,13 +71,19 @@ pub fn judge<M: Tables + Memory>(
     if packet.part == Part::Rest {
         return follow_fragment(maps, interface, direction, packet);
     }
-    // Bindings are read once, before any table that they lead to: what is judged by them carries their epochs, so a
-    // flip in the middle leaves a flow that is looked at again, never one that missed a change.
+    // Who may race: a change of rules or members, with this packet. Bindings and the members' count are read once,
+    // before any table that they lead to or tell of. Worst: what is judged by the old ones passes after the change, and
+    // its flow is made; it carries their epochs, so that its next packet finds it old, never one that missed the
+    // change. A kernel that puts the reads in another order (arm64) may give it the new ones: that heals with
+    // `Applier::collect`, which counts once more when no program is left that began before the change.
+    let config = maps.config().ok_or(Drop::Inconsistent)?;
     let crossing = Crossing {
         interface,
+        eni,
         direction,
         packet,
-        config: maps.config().ok_or(Drop::Inconsistent)?,
+        config,
+        world: read_once(&config.world),
         groups: maps.binding(interface.groups),
         acl: maps.binding(interface.acl),
         now: maps.now(),
@@ -90,13 +97,20 @@ pub fn judge<M: Tables + Memory>(
                 header_end: packet.fragment_offset as u32,
                 seen: crossing.now,
                 groups: crossing.groups.epoch,
-                world: crossing.config.world,
+                world: crossing.world,
             }),
             // Identifications come again: the rest is not to follow an earlier packet's first one.
             Err(_) => maps.remove_fragment(&key),
         }
     }
     verdict
+}
+
+/// Reads a word that the agent may be writing: here, and once. The compiler would read it where it is used, and as often.
+#[inline(always)]
+fn read_once(word: &u32) -> u32 {
+    // SAFETY: a reference can be read.
+    unsafe { core::ptr::from_ref(word).read_volatile() }
 }
 
 /// A later fragment goes where the first one went (SG-3.8): for as long as a receiver waits for it, and under
@@ -137,9 +151,13 @@ fn fragment_key(interface: &Interface, direction: Direction, packet: &Packet) ->
 /// One packet at one interface, with the policies that stand at this moment.
 struct Crossing<'a> {
     interface: &'a Interface,
+    /// Its number, as it was when the packet came.
+    eni: u32,
     direction: Direction,
     packet: &'a Packet,
     config: &'a Config,
+    /// [`Config::world`], as it was then.
+    world: u32,
     groups: Binding,
     acl: Binding,
     now: u64,
@@ -168,7 +186,7 @@ impl Crossing<'_> {
     /// Follows the packet's flow if there is one, else asks the rules and keeps what they say.
     #[inline(always)]
     fn track<M: Tables + Memory>(&self, maps: &M, frame: &impl Frame, mark: u32) -> Verdict {
-        let key = FlowKey::of(self.interface.eni, self.direction, self.packet);
+        let key = FlowKey::of(self.eni, self.direction, self.packet);
         match &key {
             // A SYN is always judged by the rules: it begins something new, whatever the table holds.
             Some(key) if !self.packet.is_initial_syn() => {
@@ -195,6 +213,10 @@ impl Crossing<'_> {
             }
         }
         let admission = self.admit(maps, mark)?;
+        if read_once(&self.interface.eni) != self.eni {
+            // Another's by now, and nobody knows from when on (`interface` in the maps of `sg-ebpf`).
+            return Err(Drop::UnknownInterface);
+        }
         match &key {
             Some(key) => self.keep(maps, key, &admission),
             None => Ok(admission.pass),
@@ -215,13 +237,13 @@ impl Crossing<'_> {
     /// once for each direction and epoch: its answer can't differ between a flow's packets.
     #[inline(always)]
     fn review<T: Tables>(&self, tables: &T, flow: &mut Flow) -> Result<(), Drop> {
-        let is_other_world = flow.world != self.config.world;
+        let is_other_world = flow.world != self.world;
         if is_other_world || flow.groups != self.groups.epoch {
             if self.is_cut(tables, flow, self.packet, self.direction) {
                 return Err(Drop::Revoked);
             }
             flow.groups = self.groups.epoch;
-            flow.world = self.config.world;
+            flow.world = self.world;
         }
         if self.interface.acl == 0 {
             return Ok(());
@@ -276,7 +298,7 @@ impl Crossing<'_> {
             return None;
         }
         let direction = self.direction.reverse();
-        let key = FlowKey::of(self.interface.eni, direction, &quote)?;
+        let key = FlowKey::of(self.eni, direction, &quote)?;
         let flow = maps.flow(&key)?;
         if flow.is_expired(self.config, self.now) {
             return None;
@@ -285,7 +307,7 @@ impl Crossing<'_> {
             return Some(true);
         }
         // A flow that its next packet will find revoked has no errors either (SG-3.4).
-        let is_stale = flow.world != self.config.world || flow.groups != self.groups.epoch;
+        let is_stale = flow.world != self.world || flow.groups != self.groups.epoch;
         if is_stale && self.is_cut(maps, &flow, &quote, direction) { None } else { Some(false) }
     }
 
@@ -404,7 +426,7 @@ impl Crossing<'_> {
         flow.acknowledge(self.packet, self.direction);
         flow.groups = self.groups.epoch;
         flow.acl = self.acl.epoch;
-        flow.world = self.config.world;
+        flow.world = self.world;
         if let Some(mut old) = maps.flow(key) {
             if old.is_expired(self.config, self.now) || old.is_closing() {
                 *old = flow;

@@ -4,6 +4,7 @@
 //! the tests call the same functions; they differ only in the [`policy::Tables`] that they bring.
 #![no_std]
 #![forbid(unsafe_op_in_unsafe_fn)]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 pub mod abi;
 pub mod addr;
@@ -13,5 +14,6 @@ pub mod guard;
 pub mod judge;
 pub mod packet;
 pub mod policy;
+pub mod ranges;
 pub mod reset;
 pub mod verdict;

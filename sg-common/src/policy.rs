@@ -1,12 +1,13 @@
 //! Do the rules allow it? The look-ups in a compiled policy, the same for the kernel, the proxy and `explain`.
 //!
 //! A policy is a matrix: rows are classes of peers, columns classes of (protocol, port), and a cell says what the
-//! rules that cover both allow. Two longest-prefix matches find row and column, however many rules there are.
+//! rules that cover both allow. Two searches among ranges find row and column, however many rules there are.
 //! Network ACLs are policies too; their order was settled when they were compiled.
 
-use crate::abi::{self, Binding, Config, Direction, Interface, Member, Policy};
+use crate::abi::{self, Binding, Config, Direction, Interface, LINE_WORDS, Line, Member, Policy};
 use crate::addr::Address;
 use crate::packet::{ICMP, ICMPV6};
+use crate::ranges;
 use crate::verdict::{Drop, Pass, Verdict};
 
 /// The maps that the agent writes and decisions read. The kernel's are BPF maps, userspace's are in memory.
@@ -19,12 +20,8 @@ pub trait Tables {
     fn binding(&self, index: u32) -> Binding;
     /// `POLICIES`.
     fn policy(&self, table: u32) -> Option<Policy>;
-    /// `CIDRS4` and `CIDRS6`: the row of a peer's address.
-    fn row(&self, table: u32, peer: &Address) -> u32;
-    /// `PORTS`: the column of a [`protocol_key`] and port.
-    fn column(&self, table: u32, protocol: u16, port: u16) -> u32;
-    /// `MATRIX`: 32 cells of two bits, the `word`th of the table's own.
-    fn cells(&self, table: u32, policy: &Policy, word: u32) -> u64;
+    /// `RULES`: a line that the table's policy leads to.
+    fn line(&self, table: u32, line: u32) -> Option<&Line>;
     /// `REFERENCES`: the row of a referenced group.
     fn reference(&self, table: u32, group: u32) -> u32;
     /// The entry of `MEMBERS` with this key.
@@ -33,6 +30,31 @@ pub trait Tables {
     fn has_own(&self, eni: u32, address: &Address) -> bool;
     /// `EXEMPT`.
     fn is_exempt(&self, vpc: u32, address: &Address, protocol: u8, port: u16) -> bool;
+
+    /// The row of a peer's address.
+    #[inline(always)]
+    fn row(&self, table: u32, policy: &Policy, peer: &Address) -> u32 {
+        let line = |line| self.line(table, line);
+        let row = if peer.is_v4() {
+            ranges::class(&policy.peers4, u32::from_be_bytes(peer.low()), line)
+        } else {
+            ranges::class(&policy.peers6, peer.number(), line)
+        };
+        row.unwrap_or(0)
+    }
+
+    /// The column of a [`port_key`].
+    #[inline(always)]
+    fn column(&self, table: u32, policy: &Policy, key: u32) -> u32 {
+        ranges::class(&policy.ports, key, |line| self.line(table, line)).unwrap_or(0)
+    }
+
+    /// 32 cells of two bits, the `word`th of the policy's.
+    #[inline(always)]
+    fn cells(&self, table: u32, policy: &Policy, word: u32) -> u64 {
+        let line = self.line(table, policy.cells + word / LINE_WORDS as u32);
+        line.map_or(0, |line| line[word as usize % LINE_WORDS])
+    }
 
     /// The groups that an address is in, by itself or by its delegated prefix (SG-1.9).
     #[inline(always)]
@@ -88,29 +110,43 @@ pub struct Query<'a> {
     pub port: u16,
 }
 
-/// The protocol as `PORTS` knows it. ICMP within IPv6 and ICMPv6 within IPv4 have keys that no rule has, so only a
-/// rule for every protocol covers them (SG-1.5).
+/// Protocol and port as columns are searched by: one number, in which a protocol's ports follow on each other. ICMP
+/// within IPv6 and ICMPv6 within IPv4 have keys that only a rule for every protocol covers (SG-1.5).
 #[inline(always)]
-pub const fn protocol_key(is_v4: bool, protocol: u8) -> u16 {
-    match (is_v4, protocol) {
-        (false, ICMP) | (true, ICMPV6) => 0x100 | protocol as u16,
-        _ => protocol as u16,
-    }
+pub const fn port_key(is_v4: bool, protocol: u8, port: u16) -> u32 {
+    let is_stray = matches!((is_v4, protocol), (false, ICMP) | (true, ICMPV6));
+    (is_stray as u32) << 24 | (protocol as u32) << 16 | port as u32
 }
 
 /// Looks `query` up in one direction of a policy.
 #[inline(always)]
 pub fn find<T: Tables>(tables: &T, table: u32, policy: &Policy, vpc: u32, query: &Query) -> Match {
-    let protocol = protocol_key(query.peer.is_v4(), query.protocol);
-    let column = tables.column(table, protocol, query.port);
+    let column = tables.column(table, policy, port_key(query.peer.is_v4(), query.protocol, query.port));
     if column == 0 {
         return Match::None;
     }
-    let by_address = cell(tables, table, policy, tables.row(table, query.peer), column);
+    let by_address = cell(tables, table, policy, tables.row(table, policy, query.peer), column);
     if by_address != Match::None || policy.flags & abi::REFERENCES == 0 {
         return by_address;
     }
-    let Some(member) = tables.member(vpc, query.peer) else { return Match::None };
+    let Some(mut member) = tables.member(vpc, query.peer) else { return Match::None };
+    // Who may race: a membership that is written while it is read. The kernel gives an entry's place to the next one that is
+    // written, at once, so worst of all this would be another's groups: what neither state allows. So they count if the
+    // entry is this peer's still; else they are read again. A change writes an entry twice at most.
+    for _ in 0..3 {
+        let matched = by_groups(tables, table, policy, member, column);
+        match tables.member(vpc, query.peer) {
+            Some(now) if core::ptr::eq(now, member) => return matched,
+            Some(now) => member = now,
+            None => break,
+        }
+    }
+    Match::None
+}
+
+/// What the rules that refer to one of the peer's groups allow in this column.
+#[inline(always)]
+fn by_groups<T: Tables>(tables: &T, table: u32, policy: &Policy, member: &Member, column: u32) -> Match {
     for (index, &group) in member.groups.iter().enumerate() {
         if index as u32 >= member.count {
             break;

@@ -6,7 +6,6 @@ use core::ffi::c_void;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
 use aya_ebpf::helpers::{bpf_for_each_map_elem, bpf_ktime_get_coarse_ns, bpf_map_delete_elem};
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, PerCpuHashMap};
 use sg_common::abi::*;
 use sg_common::addr::Address;
@@ -25,13 +24,7 @@ static BINDINGS: Array<Binding> = Array::with_max_entries(MAX_BINDINGS, BPF_F_MM
 #[map]
 static POLICIES: Array<Policy> = Array::with_max_entries(2 * MAX_POLICIES, 0);
 #[map]
-static CIDRS4: LpmTrie<Cidr4Key, u32> = LpmTrie::with_max_entries(MAX_PREFIXES, BPF_F_NO_PREALLOC);
-#[map]
-static CIDRS6: LpmTrie<Cidr6Key, u32> = LpmTrie::with_max_entries(MAX_PREFIXES, BPF_F_NO_PREALLOC);
-#[map]
-static PORTS: LpmTrie<PortKey, u32> = LpmTrie::with_max_entries(MAX_PORTS, BPF_F_NO_PREALLOC);
-#[map]
-static MATRIX: Array<u64> = Array::with_max_entries(MATRIX_WORDS, BPF_F_MMAPABLE);
+static RULES: Array<Line> = Array::with_max_entries(RULE_LINES, BPF_F_MMAPABLE);
 #[map]
 static REFERENCES: HashMap<ReferenceKey, u32> = HashMap::with_max_entries(MAX_REFERENCES, BPF_F_NO_PREALLOC);
 #[map]
@@ -45,13 +38,19 @@ static PUBLISHED: HashMap<PublishedKey, PublishedPort> = HashMap::with_max_entri
 /// Packets to published ports that were denied before the proxy heard of them, by the port's number.
 #[map]
 pub static DENIED: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_PUBLISHED_PORTS, 0);
+/// Lines of the drop log that there was no room for.
+#[map]
+pub static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(MAX_FLOWS, 0);
 #[map]
 static FRAGMENTS: HashMap<FragmentSlot, Fragment> = HashMap::with_max_entries(MAX_FRAGMENTS, BPF_F_NO_PREALLOC);
 /// How many entries of `FLOWS` each interface has, expired ones included, by its number. Whoever adds an entry or
-/// removes one counts it, and an entry is added and removed only once, so it never drifts. Two CPUs that both find the
-/// last place free both take it: an interface may have as many flows too many as there are CPUs.
+/// removes one counts it, and an entry is added and removed only once, so it never drifts; where a number's next owner is
+/// to begin at 0, the agent waits until nobody is about to count (`Applier::forget_departed`).
+///
+/// Who may race: two CPUs that both find the last place free. Worst: both take it, so an interface has as many flows too
+/// many as there are CPUs. It heals as flows end: none is added before there is room.
 #[map]
 static TRACKED: Array<i64> = Array::with_max_entries(MAX_INTERFACES, 0);
 /// The packet being judged on this CPU. Here and below: programs run with bottom halves off, so none interrupts another on
@@ -116,9 +115,9 @@ pub fn sweep(now: u64) -> u32 {
     sweep.live
 }
 
-/// One flow of a sweep. A packet that finds the flow expired at this moment takes the entry over or makes a new one;
-/// the latter can be removed here only if that happens between the two lines below, on another CPU. Its next packet
-/// is then judged by the rules again.
+/// One flow of a sweep. Who may race: a packet of the flow on another CPU, which takes the entry over because it is expired,
+/// or refreshes it at its last moment. Worst: a flow is removed that has just begun again. It heals with its next packet,
+/// which the rules judge, or with the next one of the side that may begin it.
 unsafe extern "C" fn visit(map: *mut c_void, key: *mut c_void, flow: *mut c_void, sweep: *mut c_void) -> i64 {
     // SAFETY: the helper passes the entry's key and value, and the pointer that `sweep` gave it. The key is read before
     // the entry is deleted: from then on another CPU may fill its place with another interface's flow.
@@ -176,10 +175,15 @@ fn track(key: &FlowKey, flow: &Flow) -> Result<(), Full> {
 }
 
 /// The interface whose host-side link has this index.
+///
+/// Who may race: the agent, which replaces an entry while a program reads it. The kernel has the next entry that is written
+/// take its place at once, so worst of all the rest of what is read is another interface's: `judge` reads the number
+/// first, and believes no admission if it is another one after that; what the kernel copies first is changed first. It heals
+/// with the next packet; that one is dropped as `unknown_interface`. A flow is looked up by the number that was read
+/// first, and an own address that is another's denies.
 #[inline(always)]
 pub fn interface(ifindex: u32) -> Option<&'static Interface> {
-    // SAFETY: the agent replaces entries whole; one that is replaced while it is read stays valid until the program
-    // ends, since programs run under RCU.
+    // SAFETY: entries stay mapped for as long as the map is there, and every bit pattern is one.
     unsafe { INTERFACES.get(ifindex) }
 }
 
@@ -231,42 +235,25 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn row(&self, table: u32, peer: &Address) -> u32 {
-        let table = table.to_be_bytes();
-        let row = if peer.is_v4() {
-            CIDRS4.get(Key::new(64, Cidr4Key { table, address: peer.low() }))
-        } else {
-            CIDRS6.get(Key::new(160, Cidr6Key { table, address: peer.octets() }))
-        };
-        row.copied().unwrap_or(0)
-    }
-
-    #[inline(always)]
-    fn column(&self, table: u32, protocol: u16, port: u16) -> u32 {
-        let key = PortKey { table: table.to_be_bytes(), protocol: protocol.to_be_bytes(), port: port.to_be_bytes() };
-        PORTS.get(Key::new(64, key)).copied().unwrap_or(0)
-    }
-
-    #[inline(always)]
-    fn cells(&self, _table: u32, policy: &Policy, word: u32) -> u64 {
-        MATRIX.get(policy.matrix.wrapping_add(word)).copied().unwrap_or(0)
+    fn line(&self, _table: u32, line: u32) -> Option<&Line> {
+        RULES.get(line)
     }
 
     #[inline(always)]
     fn reference(&self, table: u32, group: u32) -> u32 {
-        // SAFETY: see `interface`.
+        // SAFETY: as for `interface`.
         unsafe { REFERENCES.get(ReferenceKey { table, group }) }.copied().unwrap_or(0)
     }
 
     #[inline(always)]
     fn membership(&self, vpc: u32, address: &Address) -> Option<&Member> {
-        // SAFETY: see `interface`.
+        // SAFETY: as for `interface`.
         unsafe { MEMBERS.get(MemberKey { vpc, address: *address }) }
     }
 
     #[inline(always)]
     fn has_own(&self, eni: u32, address: &Address) -> bool {
-        // SAFETY: see `interface`.
+        // SAFETY: as for `interface`.
         unsafe { SECONDARIES.get(OwnKey { eni, address: *address }) }.is_some()
     }
 
@@ -277,7 +264,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn is_exempt(&self, vpc: u32, address: &Address, protocol: u8, port: u16) -> bool {
-        // SAFETY: see `interface`.
+        // SAFETY: as for `interface`.
         unsafe { EXEMPT.get(ExemptKey { vpc, address: *address, port, protocol, pad: 0 }) }.is_some()
     }
 
@@ -315,7 +302,7 @@ extern "C" fn find_own(eni: u32, address: *const Address) -> u32 {
 impl Ports for Maps {
     #[inline(always)]
     fn published(&self, key: &PublishedKey) -> Option<&PublishedPort> {
-        // SAFETY: see `interface`.
+        // SAFETY: as for `interface`.
         unsafe { PUBLISHED.get(key) }
     }
 
@@ -367,7 +354,8 @@ impl Memory for Maps {
 
     #[inline(always)]
     fn remove_flow(&self, key: &FlowKey) {
-        // It may be gone already, which is as good.
+        // Who may race: another CPU, which removes it too, or adds it anew by rules that allow it again. Worst: that one's
+        // flow goes, and its next packet is judged by the rules, as its SYN is when it is sent again.
         if FLOWS.remove(key).is_ok() {
             count_tracked(key.eni, -1);
         }
@@ -389,8 +377,13 @@ impl Memory for Maps {
 
     #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
-        // SAFETY: see `interface`; entries are replaced whole.
-        let fragment = unsafe { FRAGMENTS.get(key.slot()) }?;
-        if fragment.key == *key { Some(*fragment) } else { None }
+        // Who may race: another CPU, whose packet takes the place, or gets the memory for another one. Worst: the rest of a
+        // packet is dropped, and its sender sends it again. It is read before its key is, so that a key that is right
+        // says that the rest was: a copy begins with the key.
+        // SAFETY: as for `interface`.
+        let place = unsafe { FRAGMENTS.get(key.slot()) }?;
+        // SAFETY: a reference can be read.
+        let fragment = unsafe { core::ptr::from_ref(place).read_volatile() };
+        if place.key == *key { Some(fragment) } else { None }
     }
 }

@@ -1,11 +1,13 @@
 //! P4: what is told of a verdict: counters, and with `--log-drops` a line for each drop. It changes nothing.
 
+use aya_ebpf::bindings::BPF_RB_AVAIL_DATA;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
+use aya_log_ebpf::macro_support::{AYA_LOGS, Level, level_enabled};
 use sg_common::abi::{Count, Direction, ReasonKey};
 use sg_common::verdict::{self, Pass, Verdict};
 
-use crate::maps::{DENIED, ESTABLISHED, REASONS};
+use crate::maps::{DENIED, ESTABLISHED, LOST, REASONS};
 
 /// The interface's number where it isn't known.
 pub const UNKNOWN: u32 = u32::MAX;
@@ -38,10 +40,22 @@ pub fn count_early(number: u32) {
     }
 }
 
-/// Logs a drop. Costs nothing unless the agent loads the programs with this level on: the verifier then removes it.
+/// The ring buffer of the log has less room than every CPU's line takes at once: a line is some 150 bytes.
+const ALMOST_FULL: u64 = (128 - 16) * 1024;
+
+/// Logs a drop, or counts that there was no room for it. Costs nothing unless the agent loads the programs with this level on: the verifier then removes it.
 #[inline(always)]
 pub fn trace(ctx: &TcContext, ifindex: u32, direction: Direction, verdict: &Verdict) {
-    if let Err(drop) = verdict {
+    if let Err(drop) = verdict
+        && level_enabled(Level::Debug)
+    {
+        if AYA_LOGS.query(BPF_RB_AVAIL_DATA as u64) > ALMOST_FULL {
+            if let Some(lost) = LOST.get_ptr_mut(0) {
+                // SAFETY: see `add`.
+                unsafe { *lost += 1 };
+            }
+            return;
+        }
         let direction = match direction {
             Direction::Ingress => "ingress",
             Direction::Egress => "egress",

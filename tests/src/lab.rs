@@ -12,7 +12,7 @@ use sg_agent::discovery::Attachment;
 use sg_agent::explain::{Explanation, Query, explain};
 use sg_agent::live;
 use sg_agent::model::{Eni, Inventory, Warning};
-use sg_agent::resolve::{Resolver, Settings, World};
+use sg_agent::resolve::{Desired, Resolver, Settings, World};
 use sg_common::abi::{Config, Count, DELEGATED, Direction, MAX_FLOWS, RELATED_ERRORS};
 use sg_common::addr::Address;
 use sg_common::conntrack::State;
@@ -114,6 +114,14 @@ impl Lab {
     pub fn worlds(&mut self, change: impl FnOnce(&mut World)) {
         change(&mut self.world);
         self.apply().expect("a state that fits");
+    }
+
+    /// What would be desired after this change of what the control plane says and of what was discovered, which isn't
+    /// made: for who applies it.
+    pub fn desired(&mut self, change: impl FnOnce(&mut Inventory, &mut Vec<Attachment>)) -> Desired {
+        let (mut world, mut attachments) = (self.world.clone(), self.attachments.clone());
+        change(world.get_mut(&scope()).expect("the only scope"), &mut attachments);
+        self.resolver.resolve(&world, &scope(), &attachments)
     }
 
     /// Changes what was discovered.

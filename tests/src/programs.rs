@@ -193,43 +193,53 @@ pub fn load_program(instructions: &[Insn]) -> io::Result<OwnedFd> {
     })
 }
 
+/// The part of `union bpf_attr` for BPF_PROG_TEST_RUN.
+#[repr(C)]
+#[derive(Default)]
+struct Test {
+    program: u32,
+    returned: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    context_size_in: u32,
+    context_size_out: u32,
+    context_in: u64,
+    context_out: u64,
+}
+
 /// Runs a frame `repeat` times, as if it crossed the link `ifindex` of this thread's namespace; nanoseconds a run.
 ///
 /// # Errors
 /// The kernel's.
 pub fn test_run(program: &OwnedFd, ifindex: u32, frame: &[u8], repeat: u32) -> io::Result<f64> {
-    #[repr(C)]
-    struct Test {
-        program: u32,
-        returned: u32,
-        data_size_in: u32,
-        data_size_out: u32,
-        data_in: u64,
-        data_out: u64,
-        repeat: u32,
-        duration: u32,
-        context_size_in: u32,
-        context_size_out: u32,
-        context_in: u64,
-        context_out: u64,
-    }
+    test(program, ifindex, frame, repeat).map(|test| f64::from(test.duration))
+}
+
+/// Runs a frame once, the same way: the program's action.
+///
+/// # Errors
+/// The kernel's.
+pub fn run(program: &OwnedFd, ifindex: u32, frame: &[u8]) -> io::Result<i32> {
+    test(program, ifindex, frame, 1).map(|test| test.returned as i32)
+}
+
+fn test(program: &OwnedFd, ifindex: u32, frame: &[u8], repeat: u32) -> io::Result<Test> {
     let context = SkbContext::new(ifindex, 0);
     let mut attributes = Test {
         program: program.as_raw_fd() as u32,
-        returned: 0,
         data_size_in: frame.len() as u32,
-        data_size_out: 0,
         data_in: frame.as_ptr() as u64,
-        data_out: 0,
         repeat,
-        duration: 0,
         context_size_in: context.bytes().len() as u32,
-        context_size_out: 0,
         context_in: context.bytes().as_ptr() as u64,
-        context_out: 0,
+        ..Test::default()
     };
     bpf(10, &mut attributes)?;
-    Ok(f64::from(attributes.duration))
+    Ok(attributes)
 }
 
 /// Where on a link a program is attached by TCX.

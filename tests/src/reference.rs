@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use nix::time::{ClockId, clock_gettime};
 use sg_agent::tables::InMemory;
 use sg_common::abi::{
-    Binding, Config, Direction, Flow, FlowKey, Fragment, FragmentKey, FragmentSlot, Interface, MAX_FLOWS, Member,
+    Binding, Config, Direction, Flow, FlowKey, Fragment, FragmentKey, FragmentSlot, Interface, Line, MAX_FLOWS, Member,
     Policy,
 };
 use sg_common::addr::Address;
@@ -76,14 +76,8 @@ impl Tables for Reference {
         // The kernel's is an array: a policy that isn't there reads as zeros.
         Some(self.tables.policy(table).unwrap_or_default())
     }
-    fn row(&self, table: u32, peer: &Address) -> u32 {
-        self.tables.row(table, peer)
-    }
-    fn column(&self, table: u32, protocol: u16, port: u16) -> u32 {
-        self.tables.column(table, protocol, port)
-    }
-    fn cells(&self, table: u32, policy: &Policy, word: u32) -> u64 {
-        self.tables.cells(table, policy, word)
+    fn line(&self, table: u32, line: u32) -> Option<&Line> {
+        self.tables.line(table, line)
     }
     fn reference(&self, table: u32, group: u32) -> u32 {
         self.tables.reference(table, group)

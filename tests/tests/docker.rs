@@ -9,6 +9,8 @@ mod containers;
 mod control_plane;
 #[path = "docker/failures.rs"]
 mod failures;
+#[path = "docker/first_packets.rs"]
+mod first_packets;
 #[path = "docker/image.rs"]
 mod image;
 #[path = "docker/launcher.rs"]

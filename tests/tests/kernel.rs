@@ -39,6 +39,8 @@ mod options;
 mod protocols;
 #[path = "kernel/published.rs"]
 mod published;
+#[path = "kernel/races.rs"]
+mod races;
 #[path = "kernel/rules.rs"]
 mod rules;
 #[path = "kernel/spoofing.rs"]

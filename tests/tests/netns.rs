@@ -3,6 +3,8 @@
 
 #[path = "netns/bad_input.rs"]
 mod bad_input;
+#[path = "netns/bridges.rs"]
+mod bridges;
 #[path = "netns/early.rs"]
 mod early;
 #[path = "netns/flows.rs"]
@@ -27,6 +29,10 @@ mod rules;
 mod spoofing;
 #[path = "netns/tampering.rs"]
 mod tampering;
+#[path = "netns/unit.rs"]
+mod unit;
+#[path = "netns/upgrade.rs"]
+mod upgrade;
 
 use std::panic::resume_unwind;
 use std::thread;

@@ -32,6 +32,12 @@ pub struct Tool {
 
 /// `ip`, for network namespaces and veths.
 pub const IP: Tool = Tool { program: "ip", package: "iproute2", why: "tests make network namespaces with it" };
+/// Only as files: nothing of this machine is started by it.
+pub const SYSTEMD: Tool = Tool {
+    program: "systemd-analyze",
+    package: "systemd",
+    why: "the agent's unit is tried under a systemd of its own",
+};
 /// BusyBox without shared libraries, the user land of the instances' image.
 pub const BUSYBOX: Tool =
     Tool { program: "busybox", package: "busybox-static", why: "the instances' containers run it" };

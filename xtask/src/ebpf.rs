@@ -13,10 +13,16 @@ use crate::{cmd, ui, workspace};
 /// Builds the object, with the set-up that it needs, and returns its path. It is the optimised one always:
 /// the verifier doesn't take what the compiler makes otherwise.
 pub fn build() -> Result<PathBuf> {
+    build_with(&[])
+}
+
+/// The same with more arguments for cargo.
+pub fn build_with(arguments: &[&str]) -> Result<PathBuf> {
     let compiler = Compiler::ensure()?;
     let linker = ensure_linker()?;
     ui::step(&format!("building the eBPF object with {}", compiler.describe()));
     let mut cargo = cargo(&compiler, &linker, "build", "")?;
+    cargo.args(arguments);
     cmd::run(&mut cargo).with_context(|| hint(&compiler, &linker))?;
     let object = workspace::target().join("bpf").join(TARGET).join("release/sg-ebpf");
     ensure!(object.is_file(), "{} wasn't built", object.display());

@@ -12,8 +12,14 @@ pub fn options_here() -> Vec<OsString> {
     options(&fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default())
 }
 
-/// What the test programs are told on a kernel of this version.
-pub fn options(version: &str) -> Vec<OsString> {
+/// What the test programs are told in a virtual machine with a kernel of this version: it has no systemd.
+pub fn options_of_machine(version: &str) -> Vec<OsString> {
+    let mut options = options(version);
+    options.extend(["--skip".into(), "unit::".into()]);
+    options
+}
+
+fn options(version: &str) -> Vec<OsString> {
     if has_tcx(version) { vec!["--include-ignored".into()] } else { Vec::new() }
 }
 

@@ -72,7 +72,18 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let sudo = if cmd::is_root() { "" } else { "sudo " };
     let docker = engine.as_ref().is_some_and(Engine::needs_root).then_some("sudo docker");
     let commands = Commands { aws, sg_agent: format!("{sudo}{}", agent.display()), docker };
-    let endpoint = options.endpoint_url.clone().or_else(|| moto.as_ref().map(Moto::endpoint));
+    // In the order in which the agent looks.
+    let named = || {
+        let variables = ["AWS_ENDPOINT_URL_EC2", "AWS_ENDPOINT_URL"].into_iter().filter_map(|name| env::var(name).ok());
+        value_of(&options.agent, "--endpoint-url").into_iter().chain(variables).find(|url| !url.is_empty())
+    };
+    let given = options.endpoint_url.clone().or_else(|| moto.as_ref().map(Moto::endpoint));
+    let endpoint = given.clone().or_else(|| named().filter(|_| !has("--rules")));
+    if endpoint.is_none() && value_of(&options.agent, "--rules").is_none() {
+        ui::warn(
+            "no endpoint is named by --endpoint-url or AWS_ENDPOINT_URL: the agent asks the profile's, or AWS itself",
+        );
+    }
 
     // sudo drops the environment: what the agent reads is named.
     let passed = |name: &OsStr| {
@@ -87,7 +98,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let mut command = cmd::as_root(agent, environment);
     command.arg("run");
     if let Some(endpoint) = &endpoint {
-        command.args(["--endpoint-url", endpoint]);
+        if given.is_some() {
+            command.args(["--endpoint-url", endpoint]);
+        }
         let control_plane = match &moto {
             Some(_) => ControlPlane::Moto,
             None => ControlPlane::Other,

@@ -26,9 +26,12 @@ const TESTS: &str = "tests";
 const NORM: &str = "kernel_norm";
 /// Of the set 'netns' what is run there when nothing else is asked for: rules with real traffic, and what is done
 /// differently without TCX.
-const SLOW_NETNS: [&str; 4] = ["rules::", "restart::a_killed", "restart::a_fresh", "restart::detach"];
+const SLOW_NETNS: [&str; 5] =
+    ["rules::", "restart::a_killed", "restart::a_fresh", "restart::detach", "tampering::a_qdisc"];
 /// How many packets the property tests judge where every instruction is emulated.
 const SLOW_VERDICTS: &str = "2000";
+/// How long each race is run there, in seconds.
+const SLOW_STRESS: &str = "4";
 
 /// The command's options.
 #[derive(Args)]
@@ -54,7 +57,7 @@ enum Set {
     Fmt,
     /// clippy and the eBPF compiler have no warnings
     Clippy,
-    /// cargo-deny has nothing against a dependency
+    /// cargo-deny has nothing against a dependency. Its advisories are those of `cargo audit`, of the same database
     Deps,
     /// The crates' own tests
     Unit,
@@ -223,7 +226,10 @@ impl Runner {
                 Ok(venv.map_or_else(partly, |_| done(counts)))
             }
             Set::Kernel => self.rooted(set, &[deps::IP], &[], counts),
-            Set::Netns => self.rooted(set, &[deps::IP], &[], counts),
+            Set::Netns => {
+                let another = self.another_layout()?;
+                self.rooted(set, &[deps::IP, deps::SYSTEMD], &[("SG_AGENT_ANOTHER", another.into())], counts)
+            }
             Set::Docker => self.docker(counts),
         }
     }
@@ -331,8 +337,9 @@ impl Runner {
             ("SG_AGENT_BIN", "/bin/sg-agent".into()),
             ("RUST_TEST_THREADS", "2".into()),
             ("SG_FUZZ_VERDICTS", SLOW_VERDICTS.into()),
+            ("SG_STRESS_SECONDS", SLOW_STRESS.into()),
         ];
-        let passed = ["CI", "RUST_BACKTRACE", "RUST_LOG", "RUST_TEST_THREADS", "SG_FUZZ_VERDICTS"];
+        let passed = ["CI", "RUST_BACKTRACE", "RUST_LOG", "RUST_TEST_THREADS", "SG_FUZZ_VERDICTS", "SG_STRESS_SECONDS"];
         environment.extend(passed.iter().filter_map(|name| Some((*name, env::var_os(name)?))));
         let mut all = Vec::new();
         for target in targets {
@@ -341,7 +348,7 @@ impl Runner {
             } else {
                 self.filter.clone()
             };
-            arguments.extend(kernel::options(version));
+            arguments.extend(kernel::options_of_machine(version));
             all.extend(
                 programs::build(&[target], &[])?
                     .into_iter()
@@ -358,6 +365,13 @@ impl Runner {
             self.object.set(()).ok();
         }
         Ok(())
+    }
+
+    /// What upgrades are tested with. The agent itself is built again after it.
+    fn another_layout(&mut self) -> Result<PathBuf> {
+        let another = build::another_layout(true)?;
+        self.agent.take();
+        Ok(another)
     }
 
     fn agent(&self) -> Result<PathBuf> {

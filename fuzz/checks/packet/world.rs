@@ -6,14 +6,14 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use sg_common::abi::{
-    Binding, CUT_ON_REVOKE, Config, DELEGATED, Direction, Flow, FlowKey, Fragment, FragmentKey, Interface, Member,
-    NOWHERE, Policy, REFERENCES, RELATED_ERRORS, SOURCE_DEST_CHECK, free_replies,
+    Binding, CUT_ON_REVOKE, Config, DELEGATED, Direction, Flow, FlowKey, Fragment, FragmentKey, Interface, Line,
+    Member, NOWHERE, Policy, REFERENCES, RELATED_ERRORS, SOURCE_DEST_CHECK, free_replies,
 };
 use sg_common::addr::Address;
 use sg_common::conntrack::State;
 use sg_common::judge::{Full, Memory, judge};
 use sg_common::packet::{ICMP, ICMPV6, Packet, TCP, UDP};
-use sg_common::policy::{Tables, protocol_key};
+use sg_common::policy::{Tables, port_key};
 use sg_common::verdict::Verdict;
 
 /// The interface's number, its groups' binding and its ACL's.
@@ -144,7 +144,7 @@ impl World {
 
     /// What the groups' rules say of a packet from or to `peer`.
     pub fn allows(&self, is_egress: bool, peer: IpAddr, protocol: u8, port: u16) -> bool {
-        let column = self.column_of(is_egress, protocol_key(peer.is_ipv4(), protocol), port);
+        let column = self.column_of(is_egress, port_key(peer.is_ipv4(), protocol, port));
         let (row, is_member) = place(peer);
         self.cell(is_egress, row, column) != 0 || (is_member && self.cell(is_egress, GROUP_ROW, column) != 0)
     }
@@ -167,12 +167,12 @@ impl World {
     /// The rules' columns. In: SSH from near and the ACL's port from anywhere (1), web from the group (2), ping from
     /// anywhere (3), DNS from anywhere (4), GRE from near (5). Out: all TCP to anywhere where replies are free, else
     /// to near (6), and DNS (4).
-    fn column_of(&self, is_egress: bool, protocol: u16, port: u16) -> u32 {
+    fn column_of(&self, is_egress: bool, key: u32) -> u32 {
         const V4_PING: u16 = ICMP as u16;
         const V6_PING: u16 = 0x100 | ICMPV6 as u16;
         const TCP_KEY: u16 = TCP as u16;
         const UDP_KEY: u16 = UDP as u16;
-        match (is_egress, protocol, port) {
+        match (is_egress, (key >> 16) as u16, key as u16) {
             (true, TCP_KEY, _) => 6,
             (true, UDP_KEY, 53) | (false, UDP_KEY, 53) => 4,
             (false, TCP_KEY, 22) => 1,
@@ -228,10 +228,15 @@ impl Tables for World {
             Table::Groups { is_egress: false } => REFERENCES,
             _ => 0,
         };
-        Some(Policy { matrix: 0, row_words: 1, size: 4 << 16 | 8, flags })
+        Some(Policy { row_words: 1, size: 4 << 16 | 8, flags, ..Policy::default() })
     }
 
-    fn row(&self, number: u32, peer: &Address) -> u32 {
+    fn line(&self, _: u32, _: u32) -> Option<&Line> {
+        // The three below answer without.
+        None
+    }
+
+    fn row(&self, number: u32, _: &Policy, peer: &Address) -> u32 {
         match table(number) {
             Table::Groups { .. } => place(IpAddr::from(*peer)).0,
             Table::Acl => 1,
@@ -239,16 +244,11 @@ impl Tables for World {
         }
     }
 
-    fn column(&self, number: u32, protocol: u16, port: u16) -> u32 {
+    fn column(&self, number: u32, _: &Policy, key: u32) -> u32 {
         match table(number) {
-            Table::Groups { is_egress } => self.column_of(is_egress, protocol, port),
-            Table::Acl => {
-                if (protocol, port) == (u16::from(TCP), DENIED_PORT) {
-                    2
-                } else {
-                    1
-                }
-            }
+            Table::Groups { is_egress } => self.column_of(is_egress, key),
+            Table::Acl if key == port_key(true, TCP, DENIED_PORT) => 2,
+            Table::Acl => 1,
             Table::Nobody => 0,
         }
     }

@@ -1,13 +1,14 @@
 //! Policies into force and out of it: staged beside the old ones, bound by one word each, retired once nobody has them.
 //! Their entries are `policies`'.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use sg_common::abi::{self, Binding};
 
 use super::members::Referenced;
 use super::policies::{Store, Usage, Written};
-use super::{Applier, ApplyError, check};
+use super::{Applier, ApplyError, check, wait_for_programs};
 use crate::compile::compile;
 use crate::resolve::{Desired, PolicyKey, Spec};
 
@@ -73,7 +74,7 @@ impl Applier {
             let binding = Binding { policy: written.number, epoch: self.epoch };
             let slot = match self.bound.get(&key) {
                 Some(bound) => bound.slot,
-                None => self.slots.take().expect("as many slots as `stage` counted"),
+                None => self.vacant_slot(),
             };
             self.maps.bindings.store(slot, word(binding));
             self.tables.bindings.insert(slot, binding);
@@ -85,7 +86,31 @@ impl Applier {
         }
     }
 
-    /// Retires policies that no interface has any more.
+    /// A slot that no program reads. Some may have been vacated a moment ago.
+    fn vacant_slot(&mut self) -> u32 {
+        let slot = self.slots.take().or_else(|| {
+            wait_for_programs();
+            std::mem::take(&mut self.vacated).into_iter().for_each(|slot| self.slots.give(slot));
+            self.slots.take()
+        });
+        slot.expect("as many slots as `stage` counted")
+    }
+
+    /// Gives the network ACLs in force new epochs: each flow asks them again. (Groups' epochs stay: a flow that has the
+    /// wrong one is looked at again anyway, and `Interface::born` is one of them.)
+    pub(super) fn rebind_acls(&mut self) {
+        let slots = self.entries.values().map(|entry| entry.acl).filter(|&slot| slot != 0);
+        for slot in slots.collect::<BTreeSet<u32>>() {
+            let Some(&binding) = self.tables.bindings.get(&slot) else { continue };
+            self.epoch = self.epoch.wrapping_add(1);
+            let binding = Binding { epoch: self.epoch, ..binding };
+            self.maps.bindings.store(slot, word(binding));
+            self.tables.bindings.insert(slot, binding);
+        }
+    }
+
+    /// Retires policies that no interface has any more. Their slots go to others when no program can have come by an
+    /// interface's old entry any more: it would judge that one's packet by another's policy.
     pub(super) fn unbind(&mut self, desired: &Desired) {
         let gone: Vec<PolicyKey> =
             self.bound.keys().filter(|key| !desired.policies.contains_key(key)).cloned().collect();
@@ -94,7 +119,7 @@ impl Applier {
             self.maps.bindings.store(bound.slot, 0);
             self.tables.bindings.remove(&bound.slot);
             self.tables.policies.remove(&bound.written.number);
-            self.slots.give(bound.slot);
+            self.vacated.push(bound.slot);
             self.retired.push(bound.written);
         }
     }

@@ -104,7 +104,9 @@ impl Applier {
     }
 
     /// From here on a flow in the middle may be one that leaving a group revoked, so none is picked up
-    /// ([`abi::Interface::born`]). Before the members change, or one could slip in between.
+    /// ([`abi::Interface::born`]). Before the members change. Who may race: a packet in the middle of a flow, that was begun
+    /// before this. Worst: its flow is picked up by the old members; it carries their count ([`abi::Config::world`]), so that under
+    /// `--on-revoke=cut` its next packet ends it.
     pub(super) fn end_births(&mut self) -> Result<(), ApplyError> {
         for (ifindex, entry) in self.entries.iter_mut().filter(|(_, entry)| entry.born != 0) {
             let ended = abi::Interface { born: 0, ..*entry };

@@ -1,15 +1,31 @@
 //! Programs onto the links of interfaces, and off those of interfaces that are gone. What can't be attached to is a
 //! warning: the others are enforced all the same.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+
+use nix::net::if_::if_indextoname;
 
 use super::Applier;
+use crate::discovery::Link;
 use crate::model::Warning;
 use crate::resolve::Desired;
 
 impl Applier {
     pub(super) fn is_adopted(&self, ifindex: u32) -> bool {
         self.datapath.pins().is_some_and(|pins| pins.has_link(ifindex))
+    }
+
+    /// The links that an earlier agent's programs are on, as long as this one hasn't taken over, and the MAC addresses that
+    /// it knew; none where its maps had another layout.
+    pub fn earlier_links(&self) -> BTreeMap<Link, Option<[u8; 6]>> {
+        let pins = self.datapath.pins().filter(|_| !self.started);
+        let attached = pins.and_then(|pins| pins.attached().ok()).unwrap_or_default();
+        let named = attached.into_iter().filter_map(|ifindex| {
+            let name = if_indextoname(ifindex).ok()?.to_string_lossy().into_owned();
+            let known = self.datapath.earlier().and_then(|earlier| earlier.interfaces.get(&ifindex));
+            Some((Link { ifindex, name }, known.map(|known| known.mac)))
+        });
+        named.collect()
     }
 
     /// Interfaces that are to be enforced and have no program of ours yet.

@@ -68,6 +68,9 @@ pub fn of(desired: &Desired) -> Result<Members, ApplyError> {
 /// The groups that the rules of a state refer to.
 pub type Referenced = BTreeSet<u32>;
 
+/// Who may race: packets, with a change of rules and members, which is many writes. Worst: one that both states allow is
+/// denied for the microseconds in between, and none is allowed that both deny. It heals with the last write.
+///
 /// The memberships that may stand while rules change: those of which both states agree, and those that are there, or
 /// are not, only because the other state's rules don't refer to the group. Without the latter, what both states allow
 /// by different rules would be denied in between.

@@ -71,6 +71,18 @@ pub enum ApplyError {
     Datapath(#[from] DatapathError),
 }
 
+impl ApplyError {
+    /// The same once more, where the same change would meet it again.
+    fn again(&self) -> Option<Self> {
+        match self {
+            &Self::Capacity { what, needed, capacity } => Some(Self::Capacity { what, needed, capacity }),
+            &Self::Compile { ref policy, error } => Some(Self::Compile { policy: policy.clone(), error }),
+            &Self::Member { address, groups } => Some(Self::Member { address, groups }),
+            Self::Datapath(_) => None,
+        }
+    }
+}
+
 /// Writes the rule maps.
 #[derive(Debug)]
 pub struct Applier {
@@ -82,7 +94,7 @@ pub struct Applier {
     slots: Numbers,
     enis: Numbers,
     /// Numbers of interfaces that are gone; their flows go before another gets them.
-    departed: Vec<u32>,
+    departed: BTreeSet<u32>,
     hooks: BTreeMap<u32, Hook>,
     /// What the rule maps hold, followed write by write: after an error in the middle of a change, too, the next one
     /// starts from what is there.
@@ -92,6 +104,10 @@ pub struct Applier {
     /// What `SECONDARIES` holds.
     secondaries: BTreeSet<(u32, IpAddr)>,
     retired: Vec<Written>,
+    /// Slots of policies that nobody has any more.
+    vacated: Vec<u32>,
+    /// Whether programs may be running that began before the last change.
+    unsettled: bool,
     published: Published,
     /// What the maps are held against; none since they last changed.
     audit: Option<verify::Audit>,
@@ -99,6 +115,8 @@ pub struct Applier {
     snapshot: Arc<Snapshot>,
     /// What was last brought about; none while a change is under way, or after one that failed.
     last: Option<Desired>,
+    /// What was refused since then, and why: clients who have rules read anew would have it compiled each time.
+    refused: Option<(Desired, ApplyError)>,
     started: bool,
 }
 
@@ -124,17 +142,20 @@ impl Applier {
             bound: BTreeMap::new(),
             slots: Numbers::new(1..abi::MAX_BINDINGS),
             enis,
-            departed: Vec::new(),
+            departed: BTreeSet::new(),
             hooks: BTreeMap::new(),
             tables: InMemory::default(),
             entries: BTreeMap::new(),
             secondaries: BTreeSet::new(),
             retired: Vec::new(),
+            vacated: Vec::new(),
+            unsettled: false,
             published: Published::default(),
             audit: None,
             epoch,
             snapshot: Arc::default(),
             last: None,
+            refused: None,
             started: false,
         }
     }
@@ -164,6 +185,17 @@ impl Applier {
         if self.is_enforced(desired) {
             return Ok(self.snapshot());
         }
+        let refused = self.refused.as_ref().filter(|(refused, _)| refused == desired && self.is_hooked(desired));
+        if let Some(error) = refused.and_then(|(_, error)| error.again()) {
+            return Err(error);
+        }
+        let applied = self.bring_about(desired, complete);
+        let refusal = applied.as_ref().err().and_then(ApplyError::again).filter(|_| complete || self.started);
+        self.refused = refusal.map(|error| (desired.clone(), error));
+        applied
+    }
+
+    fn bring_about(&mut self, desired: &Desired, complete: bool) -> Result<Arc<Snapshot>, ApplyError> {
         if complete || self.started {
             return self.commit(desired, complete);
         }
@@ -174,9 +206,11 @@ impl Applier {
 
     /// Whether there is nothing to do.
     fn is_enforced(&self, desired: &Desired) -> bool {
-        self.started
-            && self.last.as_ref() == Some(desired)
-            && desired.interfaces.keys().all(|ifindex| self.hooks.contains_key(ifindex))
+        self.started && self.last.as_ref() == Some(desired) && self.is_hooked(desired)
+    }
+
+    fn is_hooked(&self, desired: &Desired) -> bool {
+        desired.interfaces.keys().all(|ifindex| self.hooks.contains_key(ifindex))
     }
 
     fn commit(&mut self, desired: &Desired, complete: bool) -> Result<Arc<Snapshot>, ApplyError> {
@@ -224,16 +258,17 @@ impl Applier {
     /// Puts staged policies in force, with all that belongs to them.
     fn replace(&mut self, desired: &Desired, members: &Members, staged: Staged) -> Result<(), ApplyError> {
         self.audit = None;
-        // Who leaves a group is out before rules change, who joins is in after: in between, nobody is allowed what
-        // neither the old state nor the new one allows.
+        self.unsettled = true;
+        // Who leaves a group is out before rules change, who joins is in after, and after an address has left the
+        // interface that had it: in between, nobody is allowed what neither the old state nor the new one allows.
         let referenced = (self.referenced(), self.referenced_by(desired, &staged));
         if let Err(error) = self.withdraw(desired, members, (&referenced.0, &referenced.1)) {
             self.unstage(&staged);
             return Err(error);
         }
         self.bind(staged);
-        self.write_members(members)?;
         self.write_interfaces(desired)?;
+        self.write_members(members)?;
         self.unbind(desired);
         Ok(())
     }
@@ -286,21 +321,50 @@ impl Applier {
     /// Removes what no program can be reading any more: old policies, and the flows of interfaces that are gone.
     /// Takes some milliseconds, which no caller of `apply` waits for.
     pub fn collect(&mut self) {
-        if self.retired.is_empty() && self.departed.is_empty() {
+        if self.retired.is_empty() && self.departed.is_empty() && self.vacated.is_empty() && !self.unsettled {
             return;
         }
         wait_for_programs();
+        self.settle();
         for written in std::mem::take(&mut self.retired) {
             self.store.unwrite(&mut self.maps, &written);
         }
-        for eni in std::mem::take(&mut self.departed) {
-            match self.maps.forget_interface(eni) {
-                Ok(()) => self.enis.give(eni),
-                Err(error) => {
-                    tracing::warn!(eni, %error, "cannot remove the flows of a departed interface; trying again");
-                    self.departed.push(eni);
-                }
-            }
+        for slot in std::mem::take(&mut self.vacated) {
+            self.slots.give(slot);
+        }
+        self.forget_departed();
+    }
+
+    /// Announces the last change once more. Who may race: packets that began before the change, on either CPU, and those of
+    /// the same flow after it. Worst: the former's notes (that the network ACL was asked) are taken for the latter's, and
+    /// the flow misses the change. After this nobody is left who could be mistaken: all judge by the same.
+    fn settle(&mut self) {
+        if !std::mem::take(&mut self.unsettled) {
+            return;
+        }
+        self.rebind_acls();
+        if let Err(error) = self.announce() {
+            tracing::warn!(%error, "flows cannot be told to be looked at again; trying again");
+            self.unsettled = true;
+        }
+    }
+
+    /// Removes the flows of interfaces that are gone, and then their counts: a packet of another's that sweeps may have
+    /// taken one of those flows out and be about to count it, for which the number's next owner would have a place too
+    /// many for ever.
+    fn forget_departed(&mut self) {
+        if self.departed.is_empty() {
+            return;
+        }
+        // What had no number left may have one now.
+        self.refused = None;
+        let forgotten = self.maps.forget_flows(&self.departed).and_then(|()| {
+            wait_for_programs();
+            self.maps.forget_counts(&self.departed)
+        });
+        match forgotten {
+            Ok(()) => std::mem::take(&mut self.departed).into_iter().for_each(|eni| self.enis.give(eni)),
+            Err(error) => tracing::warn!(%error, "cannot remove the flows of departed interfaces; trying again"),
         }
     }
 
@@ -345,6 +409,10 @@ fn check(what: &'static str, needed: usize, capacity: u32) -> Result<(), ApplyEr
 
 /// Returns when every program that was running has ended: programs run under RCU, and this system call waits for all
 /// readers (`membarrier(2)`, `MEMBARRIER_CMD_GLOBAL`: "synchronize_rcu" in `kernel/sched/membarrier.c`).
+///
+/// Who may race: a program that still knows a number, slot or cell that is about to be given to another. After this there is
+/// none; where the kernel has no such call, worst of all one packet is judged by another's policy, if its program takes
+/// longer than the pause. It heals with the next packet.
 fn wait_for_programs() {
     const MEMBARRIER_CMD_GLOBAL: nix::libc::c_int = 1;
     // SAFETY: the call takes integers only.

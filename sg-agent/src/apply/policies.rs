@@ -3,13 +3,11 @@
 use std::sync::Arc;
 
 use aya::maps::MapError;
-use aya::maps::lpm_trie::Key;
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use sg_common::abi::{self, Cidr4Key, Cidr6Key, Direction, Policy, PortKey, ReferenceKey};
+use sg_common::abi::{self, Direction, LINE_WORDS, Policy, ReferenceKey};
 
 use super::ApplyError;
-use super::space::{Numbers, Words};
-use crate::compile::{Compiled, PortPrefix, Table};
+use super::space::{Lines, Numbers};
+use crate::compile::{Compiled, Table};
 use crate::datapath::{DatapathError, Maps, absent_is_fine};
 
 /// What policies take up, in entries.
@@ -17,62 +15,36 @@ use crate::datapath::{DatapathError, Maps, absent_is_fine};
 pub struct Usage {
     /// Compiled policies.
     pub policies: u32,
-    /// IPv4 prefixes.
-    pub prefixes4: u32,
-    /// IPv6 prefixes.
-    pub prefixes6: u32,
-    /// Port prefixes.
-    pub ports: u32,
     /// Group references.
     pub references: u32,
-    /// Words of the matrix.
-    pub matrix_words: u32,
+    /// Lines of 64 bytes, for everything else.
+    pub lines: u32,
 }
 
 impl Usage {
     /// What the maps hold at most.
-    pub const CAPACITY: Self = Self {
-        policies: abi::MAX_POLICIES - 1,
-        prefixes4: abi::MAX_PREFIXES,
-        prefixes6: abi::MAX_PREFIXES,
-        ports: abi::MAX_PORTS,
-        references: abi::MAX_REFERENCES,
-        matrix_words: abi::MATRIX_WORDS,
-    };
+    pub const CAPACITY: Self =
+        Self { policies: abi::MAX_POLICIES - 1, references: abi::MAX_REFERENCES, lines: abi::RULE_LINES };
 
     /// What one policy takes up.
     pub fn of(compiled: &Compiled) -> Self {
-        let mut usage = Self { policies: 1, ..Self::default() };
-        for table in [&compiled.ingress, &compiled.egress] {
-            let prefixes4 = table.networks.keys().filter(|network| matches!(network, IpNet::V4(_))).count();
-            usage.prefixes4 += prefixes4 as u32;
-            usage.prefixes6 += (table.networks.len() - prefixes4) as u32;
-            usage.ports += table.ports.len() as u32;
-            usage.references += table.references.len() as u32;
-            usage.matrix_words += table.matrix.len() as u32;
+        let tables = [&compiled.ingress, &compiled.egress];
+        Self {
+            policies: 1,
+            references: tables.map(|table| table.references.len() as u32).iter().sum(),
+            lines: tables.map(|table| table.lines.len() as u32).iter().sum(),
         }
-        usage
     }
 
-    fn fields(&self) -> [(&'static str, u32); 6] {
-        [
-            ("policies", self.policies),
-            ("IPv4 prefixes", self.prefixes4),
-            ("IPv6 prefixes", self.prefixes6),
-            ("port prefixes", self.ports),
-            ("group references", self.references),
-            ("matrix words", self.matrix_words),
-        ]
+    fn fields(&self) -> [(&'static str, u32); 3] {
+        [("policies", self.policies), ("group references", self.references), ("lines of rules", self.lines)]
     }
 
     fn combine(&self, other: &Self, with: impl Fn(u32, u32) -> u32) -> Self {
         Self {
             policies: with(self.policies, other.policies),
-            prefixes4: with(self.prefixes4, other.prefixes4),
-            prefixes6: with(self.prefixes6, other.prefixes6),
-            ports: with(self.ports, other.ports),
             references: with(self.references, other.references),
-            matrix_words: with(self.matrix_words, other.matrix_words),
+            lines: with(self.lines, other.lines),
         }
     }
 
@@ -106,15 +78,15 @@ pub struct Written {
     pub number: u32,
     /// What it holds.
     pub compiled: Arc<Compiled>,
-    /// Where its matrices start, by direction.
-    matrices: [u32; 2],
+    /// Its first line. The ingress table's come first, the egress table's after them.
+    start: u32,
 }
 
-/// The numbers and stretches that policies have.
+/// The numbers and lines that policies have.
 #[derive(Debug)]
 pub struct Store {
     numbers: Numbers,
-    words: Words,
+    lines: Lines,
     usage: Usage,
 }
 
@@ -123,7 +95,7 @@ impl Default for Store {
         // Number 0 is the policy of those who have none: no table, no rule.
         Self {
             numbers: Numbers::new(1..abi::MAX_POLICIES),
-            words: Words::new(abi::MATRIX_WORDS),
+            lines: Lines::new(abi::RULE_LINES),
             usage: Usage::default(),
         }
     }
@@ -144,18 +116,12 @@ impl Store {
         self.usage.plus(&needs).check()?;
         let full = |what| ApplyError::Capacity { what, needed: 1, capacity: 0 };
         let number = self.numbers.take().ok_or(full("policies"))?;
-        let sizes = [compiled.ingress.matrix.len() as u32, compiled.egress.matrix.len() as u32];
-        let Some(first) = self.words.take(sizes[0]) else {
+        let Some(start) = self.lines.take(needs.lines) else {
             self.numbers.give(number);
-            return Err(full("matrix words in a row"));
-        };
-        let Some(second) = self.words.take(sizes[1]) else {
-            self.words.give(first, sizes[0]);
-            self.numbers.give(number);
-            return Err(full("matrix words in a row"));
+            return Err(full("lines of rules in a row"));
         };
         self.usage = self.usage.plus(&needs);
-        let written = Written { number, compiled, matrices: [first, second] };
+        let written = Written { number, compiled, start };
         for direction in [Direction::Ingress, Direction::Egress] {
             if let Err(error) = written.put(maps, direction) {
                 self.unwrite(maps, &written);
@@ -174,10 +140,10 @@ impl Store {
                 return;
             }
         }
-        self.words.give(written.matrices[0], written.compiled.ingress.matrix.len() as u32);
-        self.words.give(written.matrices[1], written.compiled.egress.matrix.len() as u32);
+        let needs = Usage::of(&written.compiled);
+        self.lines.give(written.start, needs.lines);
         self.numbers.give(written.number);
-        self.usage = self.usage.minus(&Usage::of(&written.compiled));
+        self.usage = self.usage.minus(&needs);
     }
 }
 
@@ -191,13 +157,13 @@ impl Written {
         self.put(maps, Direction::Egress)
     }
 
-    /// Puts cells right; whether any were wrong.
-    pub fn restore_cells(&self, maps: &Maps) -> bool {
+    /// Puts lines right; whether any were wrong.
+    pub fn restore_lines(&self, maps: &Maps) -> bool {
         let mut found = false;
         for direction in [Direction::Ingress, Direction::Egress] {
-            for (place, &word) in (self.matrices[direction as usize]..).zip(&self.compiled.table(direction).matrix) {
-                if maps.matrix.load(place) != word {
-                    maps.matrix.store(place, word);
+            for (place, word) in self.words(direction) {
+                if maps.rules.load(place) != word {
+                    maps.rules.store(place, word);
                     found = true;
                 }
             }
@@ -205,33 +171,40 @@ impl Written {
         found
     }
 
-    /// The header of one of its directions, 0 or 1.
-    pub fn header(&self, side: u32) -> Policy {
-        header(self.compiled.table(direction(side)), self.matrices[side as usize & 1])
+    /// The header of one direction, which says where its lines are.
+    pub fn header(&self, direction: Direction) -> Policy {
+        self.compiled.table(direction).header.moved(self.start_of(direction))
     }
 
+    fn start_of(&self, direction: Direction) -> u32 {
+        match direction {
+            Direction::Ingress => self.start,
+            Direction::Egress => self.start + self.compiled.ingress.lines.len() as u32,
+        }
+    }
+
+    /// The words of its lines, and where in the map they are.
+    fn words(&self, direction: Direction) -> impl Iterator<Item = (u32, u64)> {
+        let words = self.compiled.table(direction).lines.as_flattened();
+        (self.start_of(direction) * LINE_WORDS as u32..).zip(words.iter().copied())
+    }
+
+    /// Lines first, then the header that leads to them. Nobody can race: a program comes here by a binding only, which
+    /// is stored after all of this (`Applier::bind`), and by then no other program can be reading what these lines held
+    /// before (`wait_for_programs`).
     fn put(&self, maps: &mut Maps, direction: Direction) -> Result<(), DatapathError> {
         let table = self.compiled.table(direction);
         let id = abi::table(self.number, direction);
-        let start = self.matrices[direction as usize];
         maps.writes += entries(table);
-        maps.reach_matrix(start..start + table.matrix.len() as u32)?;
-        for (offset, &word) in (start..).zip(&table.matrix) {
-            maps.matrix.store(offset, word);
-        }
-        for (network, row) in &table.networks {
-            match cidr_key(id, network) {
-                CidrKey::V4(key) => maps.cidrs4.insert(&key, row, 0).map_err(write("CIDRS4"))?,
-                CidrKey::V6(key) => maps.cidrs6.insert(&key, row, 0).map_err(write("CIDRS6"))?,
-            }
-        }
-        for (prefix, column) in &table.ports {
-            maps.ports.insert(&port_key(id, prefix), column, 0).map_err(write("PORTS"))?;
+        let start = self.start_of(direction);
+        maps.reach_rules(start..start + table.lines.len() as u32)?;
+        for (place, word) in self.words(direction) {
+            maps.rules.store(place, word);
         }
         for (&group, row) in &table.references {
             maps.references.insert(ReferenceKey { table: id, group }, row, 0).map_err(write("REFERENCES"))?;
         }
-        maps.policies.set(id, header(table, start), 0).map_err(write("POLICIES"))
+        maps.policies.set(id, self.header(direction), 0).map_err(write("POLICIES"))
     }
 
     fn take_out(&self, maps: &mut Maps, direction: Direction) -> Result<(), DatapathError> {
@@ -239,15 +212,6 @@ impl Written {
         let id = abi::table(self.number, direction);
         maps.writes += entries(table);
         maps.policies.set(id, Policy::default(), 0).map_err(write("POLICIES"))?;
-        for network in table.networks.keys() {
-            match cidr_key(id, network) {
-                CidrKey::V4(key) => absent_is_fine(maps.cidrs4.remove(&key)).map_err(write("CIDRS4"))?,
-                CidrKey::V6(key) => absent_is_fine(maps.cidrs6.remove(&key)).map_err(write("CIDRS6"))?,
-            }
-        }
-        for prefix in table.ports.keys() {
-            absent_is_fine(maps.ports.remove(&port_key(id, prefix))).map_err(write("PORTS"))?;
-        }
         for &group in table.references.keys() {
             let key = ReferenceKey { table: id, group };
             absent_is_fine(maps.references.remove(&key)).map_err(write("REFERENCES"))?;
@@ -256,67 +220,16 @@ impl Written {
     }
 }
 
-/// How many entries a table has: its header, and all else that isn't in the mapped matrix.
+/// How many entries a table has: its header and its references. Its lines are memory.
 fn entries(table: &Table) -> u64 {
-    (1 + table.networks.len() + table.ports.len() + table.references.len()) as u64
+    (1 + table.references.len()) as u64
 }
 
 fn write(map: &'static str) -> impl FnOnce(MapError) -> DatapathError {
     move |error| DatapathError::Write { map, error }
 }
 
-fn header(table: &Table, matrix: u32) -> Policy {
-    Policy { matrix, row_words: table.row_words(), size: table.rows << 16 | table.columns, flags: table.flags }
-}
-
 /// The direction that a table's number stands for.
 pub fn direction(id: u32) -> Direction {
     if id & 1 == Direction::Ingress as u32 { Direction::Ingress } else { Direction::Egress }
-}
-
-/// A key's table and network; none for a key that isn't one of ours.
-pub fn network4(key: &Key<Cidr4Key>) -> Option<(u32, IpNet)> {
-    let Cidr4Key { table, address } = key.data();
-    let length = key.prefix_len().checked_sub(TABLE_BITS)?;
-    let network = Ipv4Net::new(address.into(), u8::try_from(length).ok()?).ok()?;
-    Some((u32::from_be_bytes(table), network.into()))
-}
-
-/// The same for IPv6.
-pub fn network6(key: &Key<Cidr6Key>) -> Option<(u32, IpNet)> {
-    let Cidr6Key { table, address } = key.data();
-    let length = key.prefix_len().checked_sub(TABLE_BITS)?;
-    let network = Ipv6Net::new(address.into(), u8::try_from(length).ok()?).ok()?;
-    Some((u32::from_be_bytes(table), network.into()))
-}
-
-/// A key's table and port prefix.
-pub fn port_prefix(key: &Key<PortKey>) -> Option<(u32, PortPrefix)> {
-    let PortKey { table, protocol, port } = key.data();
-    let bits = u8::try_from(key.prefix_len().checked_sub(TABLE_BITS)?).ok()?;
-    let (protocol, port) = (u16::from_be_bytes(protocol), u16::from_be_bytes(port));
-    Some((u32::from_be_bytes(table), PortPrefix { protocol, port, bits }))
-}
-
-/// Bits of a key before the address: the table's number.
-const TABLE_BITS: u32 = 32;
-
-enum CidrKey {
-    V4(Key<Cidr4Key>),
-    V6(Key<Cidr6Key>),
-}
-
-fn cidr_key(id: u32, network: &IpNet) -> CidrKey {
-    let table = id.to_be_bytes();
-    let bits = TABLE_BITS + u32::from(network.prefix_len());
-    match network {
-        IpNet::V4(network) => CidrKey::V4(Key::new(bits, Cidr4Key { table, address: network.network().octets() })),
-        IpNet::V6(network) => CidrKey::V6(Key::new(bits, Cidr6Key { table, address: network.network().octets() })),
-    }
-}
-
-fn port_key(id: u32, prefix: &PortPrefix) -> Key<PortKey> {
-    let key =
-        PortKey { table: id.to_be_bytes(), protocol: prefix.protocol.to_be_bytes(), port: prefix.port.to_be_bytes() };
-    Key::new(TABLE_BITS + u32::from(prefix.bits), key)
 }

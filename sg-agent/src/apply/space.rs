@@ -1,4 +1,4 @@
-//! Who has which number, and which stretch of the matrix. Plain bookkeeping, without the kernel.
+//! Who has which number, and which stretch of lines. Plain bookkeeping, without the kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -47,20 +47,20 @@ impl Numbers {
     }
 }
 
-/// Stretches of words; the first one that fits is taken.
+/// Stretches of lines; the first one that fits is taken.
 #[derive(Clone, Debug)]
-pub struct Words {
+pub struct Lines {
     /// Free stretches: start and length. Neighbours are always joined.
     free: BTreeMap<u32, u32>,
 }
 
-impl Words {
-    /// `words` words, all free.
-    pub fn new(words: u32) -> Self {
-        Self { free: BTreeMap::from([(0, words)]) }
+impl Lines {
+    /// `lines` lines, all free.
+    pub fn new(lines: u32) -> Self {
+        Self { free: BTreeMap::from([(0, lines)]) }
     }
 
-    /// The start of `length` free words, if there are as many in a row. None are asked for at no cost.
+    /// The start of `length` free lines, if there are as many in a row. None are asked for at no cost.
     pub fn take(&mut self, length: u32) -> Option<u32> {
         if length == 0 {
             return Some(0);
@@ -113,15 +113,15 @@ mod tests {
     }
 
     #[test]
-    fn words_are_joined_again() {
-        let mut words = Words::new(10);
-        let parts = [words.take(3), words.take(3), words.take(4)];
+    fn lines_are_joined_again() {
+        let mut lines = Lines::new(10);
+        let parts = [lines.take(3), lines.take(3), lines.take(4)];
         assert_eq!(parts, [Some(0), Some(3), Some(6)]);
-        assert_eq!(words.take(1), None);
-        words.give(0, 3);
-        words.give(6, 4);
-        assert_eq!(words.take(5), None, "seven words are free, but not five in a row");
-        words.give(3, 3);
-        assert_eq!(words.take(10), Some(0));
+        assert_eq!(lines.take(1), None);
+        lines.give(0, 3);
+        lines.give(6, 4);
+        assert_eq!(lines.take(5), None, "seven lines are free, but not five in a row");
+        lines.give(3, 3);
+        assert_eq!(lines.take(10), Some(0));
     }
 }

@@ -7,17 +7,13 @@
 use std::collections::HashMap;
 use std::io;
 
-use aya::maps::lpm_trie::Key;
 use aya::maps::{IterableMap as _, MapError};
-use sg_common::abi::{
-    self, Cidr4Key, Cidr6Key, ExemptKey, Interface, Member, MemberKey, OwnKey, Policy, PortKey, ReferenceKey,
-};
+use sg_common::abi::{self, ExemptKey, Interface, Member, MemberKey, OwnKey, Policy, ReferenceKey};
 
 use super::interfaces::own_key;
-use super::policies::{self, Usage, Written};
+use super::policies::{self, Written};
 use super::services::exempt_key;
 use super::{Applier, ApplyError, bindings, members};
-use crate::compile::Table;
 use crate::datapath::{DatapathError, Fault, Scan, absent_is_fine};
 
 /// Entries of one map that are looked at in one go, which takes a few milliseconds.
@@ -40,8 +36,8 @@ pub(super) struct Audit {
     members: HashMap<MemberKey, Member>,
     own: HashMap<OwnKey, u32>,
     exempt: HashMap<ExemptKey, u32>,
-    /// What the policies in force take up.
-    usage: Usage,
+    /// How many references the policies in force have.
+    references: usize,
     scans: Scans,
 }
 
@@ -49,9 +45,6 @@ pub(super) struct Audit {
 struct Scans {
     interfaces: Scan,
     policies: Scan,
-    cidrs4: Scan,
-    cidrs6: Scan,
-    ports: Scan,
     references: Scan,
     members: Scan,
     own: Scan,
@@ -113,7 +106,7 @@ impl Applier {
         self.hooks = hooks;
     }
 
-    /// Settings, bindings and cells: what costs no system call, or one.
+    /// Settings, bindings and lines: what costs no system call, or one.
     fn verify_words(&mut self, repairs: &mut Vec<Repair>) -> Result<(), ApplyError> {
         if self.maps.config()? != self.config {
             self.maps.set_config(&self.config)?;
@@ -130,9 +123,9 @@ impl Applier {
         if found {
             repairs.push(altered("BINDINGS"));
         }
-        let matrices = self.bound.values().map(|bound| bound.written.restore_cells(&self.maps));
-        if matrices.fold(false, |found, altered| found | altered) {
-            repairs.push(altered("MATRIX"));
+        let lines = self.bound.values().map(|bound| bound.written.restore_lines(&self.maps));
+        if lines.fold(false, |found, altered| found | altered) {
+            repairs.push(altered("RULES"));
         }
         Ok(())
     }
@@ -153,13 +146,13 @@ impl Applier {
             members: self.tables.members.iter().map(|(place, member)| (members::key(place), *member)).collect(),
             own: self.secondaries.iter().map(|own| (own_key(own), 1)).collect(),
             exempt: self.tables.exempt.iter().map(|place| (exempt_key(place), 1)).collect(),
-            usage: self.tables.policies.values().fold(Usage::default(), |sum, policy| sum.plus(&Usage::of(policy))),
+            references: self.tables.policies.values().map(|policy| policy.referenced().count()).sum(),
             scans: Scans::default(),
         }
     }
 
     fn verify_entries(&mut self, audit: &mut Audit, repairs: &mut Vec<Repair>) -> Result<(), ApplyError> {
-        let Audit { members, own, exempt, usage, scans } = audit;
+        let Audit { members, own, exempt, references, scans } = audit;
 
         /// Reads a part of a map: entries that nobody wrote go, and those that are missing or different are written.
         macro_rules! verify {
@@ -207,46 +200,13 @@ impl Applier {
             }
         );
         verify!(
-            cidrs4,
-            "CIDRS4",
-            cidrs4,
-            Key<Cidr4Key>,
-            u32,
-            |key: &Key<Cidr4Key>| policies::network4(key)
-                .and_then(|(id, network)| self.row(id, |table| table.networks.get(&network).copied())),
-            usage.prefixes4 as usize,
-            Self::restore_policies
-        );
-        verify!(
-            cidrs6,
-            "CIDRS6",
-            cidrs6,
-            Key<Cidr6Key>,
-            u32,
-            |key: &Key<Cidr6Key>| policies::network6(key)
-                .and_then(|(id, network)| self.row(id, |table| table.networks.get(&network).copied())),
-            usage.prefixes6 as usize,
-            Self::restore_policies
-        );
-        verify!(
-            ports,
-            "PORTS",
-            ports,
-            Key<PortKey>,
-            u32,
-            |key: &Key<PortKey>| policies::port_prefix(key)
-                .and_then(|(id, prefix)| self.row(id, |table| table.ports.get(&prefix).copied())),
-            usage.ports as usize,
-            Self::restore_policies
-        );
-        verify!(
             references,
             "REFERENCES",
             references,
             ReferenceKey,
             u32,
-            |key: &ReferenceKey| self.row(key.table, |table| table.references.get(&key.group).copied()),
-            usage.references as usize,
+            |key: &ReferenceKey| self.reference(key),
+            *references,
             Self::restore_policies
         );
         verify!(
@@ -299,7 +259,9 @@ impl Applier {
             scan.read::<u32, Policy>(self.maps.policies.map().fd(), most).map_err(cannot_read("POLICIES"))?;
         let bound: HashMap<u32, &Written> =
             self.bound.values().map(|bound| (bound.written.number, &bound.written)).collect();
-        let right = |id: u32| bound.get(&(id >> 1)).map_or(Policy::default(), |written| written.header(id & 1));
+        let right = |id: u32| {
+            bound.get(&(id >> 1)).map_or(Policy::default(), |written| written.header(policies::direction(id)))
+        };
         let wrong: Vec<(u32, Policy)> =
             entries.iter().filter(|&&(id, header)| right(id) != header).map(|&(id, _)| (id, right(id))).collect();
         for &(id, header) in &wrong {
@@ -312,9 +274,10 @@ impl Applier {
         Ok(())
     }
 
-    /// What a table in force holds.
-    fn row(&self, id: u32, find: impl FnOnce(&Table) -> Option<u32>) -> Option<u32> {
-        find(self.tables.policies.get(&(id >> 1))?.table(policies::direction(id)))
+    /// The row of a group that a table in force refers to.
+    fn reference(&self, key: &ReferenceKey) -> Option<u32> {
+        let table = self.tables.policies.get(&(key.table >> 1))?.table(policies::direction(key.table));
+        table.references.get(&key.group).copied()
     }
 
     fn restore_policies(&mut self) -> Result<(), ApplyError> {

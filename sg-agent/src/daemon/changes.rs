@@ -49,7 +49,7 @@ pub(super) async fn open_gateway(
 impl Daemon {
     /// Somebody has changed something: it is read anew.
     pub(super) fn commit(&mut self, commit: Commit) {
-        let Commit { whom, asked, modified, rebooted, extent, reply } = commit;
+        let Commit { whom, asked, modified, rebooted, extent, reply, known } = commit;
         let (subject, least) = match extent {
             gateway::Extent::Rules => (Subject::Rules, Extent::Rules),
             gateway::Extent::Everything | gateway::Extent::Anew => (Subject::Anything, Extent::Enforced),
@@ -70,7 +70,7 @@ impl Daemon {
             rebooted.into_iter().for_each(|instance| launcher.reboot(instance));
             launcher.hurry();
         }
-        self.commits.wait(asked, subject, hints, reply);
+        self.commits.wait(asked, subject, hints, reply, Some(known));
     }
 
     /// Clients of published ports wait for rules that are read from now on: of every source, if each client is to have
@@ -83,7 +83,7 @@ impl Daemon {
             poller.hurry(Extent::Enforced);
         }
         for ask in asks {
-            self.commits.wait(asked, Subject::Nothing, hints.clone(), ask);
+            self.commits.wait(asked, Subject::Nothing, hints.clone(), ask, None);
         }
     }
 

@@ -28,7 +28,27 @@ struct Waiting {
     asked: Instant,
     subject: Subject,
     hints: BTreeSet<Hint>,
-    reply: oneshot::Sender<Result<(), String>>,
+    reply: oneshot::Sender<Outcome>,
+    known: Option<oneshot::Sender<()>>,
+}
+
+/// What those are told who need wait no more, or who do no more, when this is dropped: after everybody else knows of it, so
+/// that nobody who has their answer meets rules that pass for fresh.
+pub struct Answers(Vec<(Waiting, Option<Outcome>)>);
+
+/// Whether what was waited for is read and enforced, or why not.
+type Outcome = Result<(), String>;
+
+impl Drop for Answers {
+    fn drop(&mut self) {
+        for (waiting, outcome) in self.0.drain(..) {
+            if let Some(outcome) = outcome {
+                // Who has gone needs no answer.
+                let _ = waiting.reply.send(outcome);
+            }
+            drop(waiting.known);
+        }
+    }
 }
 
 /// How the reads that somebody waits for stand.
@@ -56,13 +76,15 @@ impl Commits {
         asked: Instant,
         subject: Subject,
         hints: BTreeSet<Hint>,
-        reply: oneshot::Sender<Result<(), String>>,
+        reply: oneshot::Sender<Outcome>,
+        known: Option<oneshot::Sender<()>>,
     ) {
-        self.waiting.push(Waiting { asked, subject, hints, reply });
+        self.waiting.push(Waiting { asked, subject, hints, reply, known });
     }
 
     /// Answers those whose reads are done, and enforced unless `refused` says why not; lets those go who wait no more.
-    pub fn serve(&mut self, pollers: &BTreeMap<Hint, Poller>, refused: Option<&String>) {
+    pub fn serve(&mut self, pollers: &BTreeMap<Hint, Poller>, refused: Option<&String>) -> Answers {
+        let mut answers = Vec::new();
         let has_unread_groups = pollers.values().any(|poller| !poller.unread_groups().is_empty());
         self.overdue.retain(|(hint, subject), asked| {
             pollers.get(hint).is_some_and(|poller| has_unread_groups || !is_read(poller, *subject, *asked))
@@ -71,7 +93,7 @@ impl Commits {
             let outcome = match standing(&waiting, pollers) {
                 Standing::Unread if waiting.reply.is_closed() => {
                     self.miss(&waiting);
-                    continue;
+                    None
                 }
                 Standing::Unread => {
                     self.waiting.push(waiting);
@@ -79,13 +101,13 @@ impl Commits {
                 }
                 Standing::Failed(reason) => {
                     self.miss(&waiting);
-                    Err(reason)
+                    Some(Err(reason))
                 }
-                Standing::Read => refused.map_or(Ok(()), |reason| Err(reason.clone())),
+                Standing::Read => Some(refused.map_or(Ok(()), |reason| Err(reason.clone()))),
             };
-            // Who has gone needs no answer.
-            let _ = waiting.reply.send(outcome);
+            answers.push((waiting, outcome));
         }
+        Answers(answers)
     }
 
     /// A change is answered before it was read: until it is, the policy is stale.
@@ -171,7 +193,7 @@ mod tests {
 
     fn waits(commits: &mut Commits, asked: Instant, subject: Subject) -> Told {
         let (reply, told) = oneshot::channel();
-        commits.wait(asked, subject, [hint("1")].into(), reply);
+        commits.wait(asked, subject, [hint("1")].into(), reply, None);
         told
     }
 
@@ -183,11 +205,11 @@ mod tests {
         let told: Vec<Told> = (0..3).map(|_| waits(&mut commits, asked, Subject::Anything)).collect();
         let last = waits(&mut commits, later, Subject::Anything);
         let stays = waits(&mut commits, asked, Subject::Anything);
-        commits.serve(&pollers, None);
+        drop(commits.serve(&pollers, None));
         assert_eq!((commits.waiting.len(), commits.overdue().count()), (5, 0));
         drop((told, last));
         commits.next_gone().await;
-        commits.serve(&pollers, None);
+        drop(commits.serve(&pollers, None));
         assert_eq!(commits.waiting.len(), 1, "nobody waits twice");
         assert_eq!(commits.overdue().collect::<Vec<_>>(), [&hint("1")]);
         // The first ones' read isn't the last one's.
@@ -195,22 +217,42 @@ mod tests {
             pollers.get_mut(&hint("1")).unwrap().has_read(began, extent);
         };
         read(&mut pollers, asked, Extent::Enforced);
-        commits.serve(&pollers, None);
+        drop(commits.serve(&pollers, None));
         assert_eq!((commits.waiting.len(), commits.overdue().count()), (0, 1));
         assert_eq!(stays.await, Ok(Ok(())));
         read(&mut pollers, later, Extent::Rules);
-        commits.serve(&pollers, None);
+        drop(commits.serve(&pollers, None));
         assert_eq!(commits.overdue().count(), 1, "more than rules has changed");
         read(&mut pollers, later, Extent::Enforced);
-        commits.serve(&pollers, None);
+        drop(commits.serve(&pollers, None));
         assert_eq!(commits.overdue().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn answers_wait_until_everybody_else_knows() {
+        let (mut commits, mut pollers) = (Commits::default(), pollers());
+        let asked = Instant::now();
+        let ((reply, late), (known, mut is_known)) = (oneshot::channel(), oneshot::channel());
+        commits.wait(asked, Subject::Rules, [hint("1")].into(), reply, Some(known));
+        let mut read = waits(&mut commits, asked, Subject::Anything);
+        drop(late);
+        let answers = commits.serve(&pollers, None);
+        assert_eq!(commits.stale(&pollers, None), [hint("1")].into());
+        assert_eq!(is_known.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+        drop(answers);
+        assert_eq!(is_known.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+        pollers.get_mut(&hint("1")).unwrap().has_read(asked, Extent::Enforced);
+        let answers = commits.serve(&pollers, None);
+        assert_eq!(read.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+        drop(answers);
+        assert_eq!(read.try_recv(), Ok(Ok(())));
     }
 
     #[tokio::test]
     async fn who_has_changed_nothing_leaves_nothing_behind() {
         let mut commits = Commits::default();
         drop(waits(&mut commits, Instant::now(), Subject::Nothing));
-        commits.serve(&pollers(), None);
+        drop(commits.serve(&pollers(), None));
         assert_eq!((commits.waiting.len(), commits.overdue().count()), (0, 0));
     }
 
@@ -222,13 +264,13 @@ mod tests {
         let before: Vec<Told> = (0..3).map(|_| waits(&mut commits, asked, Subject::Nothing)).collect();
         let mut after = waits(&mut commits, later, Subject::Nothing);
         pollers.get_mut(&hint("1")).unwrap().has_read(began, Extent::Enforced);
-        commits.serve(&pollers, None);
+        drop(commits.serve(&pollers, None));
         for told in before {
             assert_eq!(told.await, Ok(Ok(())));
         }
         assert!(after.try_recv().is_err(), "that read was under way already");
         pollers.get_mut(&hint("1")).unwrap().has_read(later, Extent::Enforced);
-        commits.serve(&pollers, Some(&"no room".to_owned()));
+        drop(commits.serve(&pollers, Some(&"no room".to_owned())));
         assert_eq!(after.await, Ok(Err("no room".to_owned())), "read, and not enforced");
     }
 
@@ -237,12 +279,12 @@ mod tests {
         let (mut commits, mut pollers) = (Commits::default(), pollers());
         let asked = Instant::now();
         let (reply, mut told) = oneshot::channel();
-        commits.wait(asked, Subject::Nothing, [hint("1"), hint("2")].into(), reply);
+        commits.wait(asked, Subject::Nothing, [hint("1"), hint("2")].into(), reply, None);
         pollers.get_mut(&hint("1")).unwrap().has_failed(asked);
-        commits.serve(&pollers, None);
+        drop(commits.serve(&pollers, None));
         assert!(told.try_recv().is_err(), "the other is still to come");
         pollers.get_mut(&hint("2")).unwrap().has_read(asked, Extent::Enforced);
-        commits.serve(&pollers, None);
+        drop(commits.serve(&pollers, None));
         assert!(matches!(told.await, Ok(Err(reason)) if reason.contains("it is out")));
     }
 
@@ -253,11 +295,11 @@ mod tests {
         let told = waits(&mut commits, asked, Subject::Anything);
         let source = hint("1");
         pollers.get_mut(&source).unwrap().has_failed(asked);
-        commits.serve(&pollers, None);
+        drop(commits.serve(&pollers, None));
         assert!(matches!(told.await, Ok(Err(reason)) if reason.contains("it is out")));
         // Another's change of rules is read: the source answers again, but what was changed before isn't read yet.
         pollers.get_mut(&source).unwrap().has_read(asked, Extent::Rules);
-        commits.serve(&pollers, None);
+        drop(commits.serve(&pollers, None));
         assert_eq!(commits.overdue().collect::<Vec<_>>(), [&source]);
     }
 
@@ -271,10 +313,10 @@ mod tests {
         pollers.get_mut(&hint("2")).unwrap().has_failed(asked);
         assert_eq!(commits.stale(&pollers, None), [hint("2")].into());
         drop(waits(&mut commits, asked, Subject::Rules));
-        commits.serve(&pollers, None);
+        drop(commits.serve(&pollers, None));
         assert_eq!(commits.stale(&pollers, None), all, "a change was answered without the other's read");
         pollers.values_mut().for_each(|poller| poller.has_read(asked, Extent::Enforced));
-        commits.serve(&pollers, None);
+        drop(commits.serve(&pollers, None));
         assert_eq!(commits.stale(&pollers, None), BTreeSet::new());
     }
 
@@ -285,10 +327,10 @@ mod tests {
         let mut told = waits(&mut commits, asked, Subject::Rules);
         pollers[&hint("2")].want(BTreeSet::new(), ["sg-2".into()].into());
         pollers.get_mut(&hint("1")).unwrap().has_read(asked, Extent::Rules);
-        commits.serve(&pollers, None);
+        drop(commits.serve(&pollers, None));
         assert!(told.try_recv().is_err(), "nobody knows the group's members");
         pollers.get_mut(&hint("2")).unwrap().has_read(asked, Extent::Enforced);
-        commits.serve(&pollers, None);
+        drop(commits.serve(&pollers, None));
         assert_eq!(told.await, Ok(Ok(())));
     }
 }

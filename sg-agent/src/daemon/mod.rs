@@ -3,6 +3,7 @@
 //! Whatever happens (a rule changed, a container came, somebody asks) ends in the same reconciliation: resolve, compile,
 //! apply, publish. What fails leaves the last good policy in force, and says so.
 
+mod bridges;
 mod changes;
 mod commits;
 mod control;
@@ -26,12 +27,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use ipnet::IpNet;
+use sd_notify::NotifyState;
 use sg_common::abi::{CUT_ON_REVOKE, Config};
 use sg_common::conntrack::State;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use self::bridges::Bridges;
+pub use self::bridges::EnforcedBridge;
 use self::commits::Commits;
 pub use self::control::{NotRunning, Reply, Request, ask};
 pub use self::lock::{LockError, take as lock};
@@ -85,6 +89,8 @@ pub struct Options {
     pub origins: Origins,
     /// What to look at for instances.
     pub discovery: discovery::Options,
+    /// `--enforce-bridge`.
+    pub enforce_bridges: Vec<EnforcedBridge>,
     /// `--publish`.
     pub publish: Vec<proxy::PublishSpec>,
     /// `--deny`.
@@ -219,12 +225,14 @@ pub async fn run(options: Options) -> Result<()> {
         refused: 0,
         flows: 0,
         repairs: Repairs::default(),
+        bridges: Bridges::new(options.enforce_bridges, Pins::new(&options.places.bpffs)),
         poller_warnings: Vec::new(),
         proxy_warnings: Vec::new(),
         gateway_warning: gateway.1,
         told: BTreeSet::new(),
     };
     tracing::info!(socket = %options.places.socket().display(), "sg-agent {} is up", env!("CARGO_PKG_VERSION"));
+    tell_systemd(&NotifyState::Ready);
 
     let mut sweeps = tokio::time::interval(SWEEP_INTERVAL);
     sweeps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -242,12 +250,16 @@ pub async fn run(options: Options) -> Result<()> {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
             _ = sweeps.tick() => daemon.sweep(),
-            _ = looks.tick() => daemon.verify(),
+            _ = looks.tick() => {
+                tell_systemd(&NotifyState::Watchdog);
+                daemon.verify();
+            }
             () = daemon.desk.next_deadline() => daemon.desk.expire(),
             () = daemon.commits.next_gone() => {}
         }
         daemon.settle().await;
     }
+    tell_systemd(&NotifyState::Stopping);
     shutdown.cancel();
     // Nobody listens from here on, so there is nothing to judge.
     daemon.applier.watch(&[]);
@@ -262,6 +274,13 @@ pub async fn run(options: Options) -> Result<()> {
         tracing::info!("enforcement stays on without the agent; 'sg-agent detach' ends it");
     }
     Ok(())
+}
+
+/// Tells systemd, if this is its service of `Type=notify`, how the agent's one task is.
+fn tell_systemd(state: &NotifyState) {
+    if let Err(error) = sd_notify::notify(std::slice::from_ref(state)) {
+        tracing::debug!(%error, "systemd is not told");
+    }
 }
 
 /// Files that the agent has open beside connections.
@@ -328,6 +347,7 @@ struct Daemon {
     /// Flows that lived at the last sweep.
     flows: u32,
     repairs: Repairs,
+    bridges: Bridges,
     poller_warnings: Vec<Warning>,
     proxy_warnings: Vec<Warning>,
     gateway_warning: Option<Warning>,
@@ -369,6 +389,7 @@ impl Daemon {
 
     fn look(&mut self, looked: Looked) {
         self.view.take(looked);
+        self.view.discovered.find_hidden(self.applier.earlier_links());
         if let Origins::File(_) = self.pollers.origins {
             // One file is all accounts and regions.
             for attachment in &mut self.view.discovered.attachments {
@@ -432,6 +453,8 @@ impl Daemon {
         let complete = self.is_complete();
         let applied = tokio::task::block_in_place(|| {
             let applied = self.applier.apply(&desired, complete);
+            // A port of an enforced bridge is admitted when its programs are there, and waits for nothing else.
+            self.bridges.settle(&self.view.discovered, &self.applier.snapshot(), complete);
             self.applier.collect();
             applied
         });

@@ -46,6 +46,7 @@ impl Daemon {
         warnings.extend(self.view.discovered.warnings.iter().chain(&self.poller_warnings).cloned());
         let by_proxy = self.proxy_warnings.iter().filter(|warning| !self.is_expected(&warning.subject));
         warnings.extend(by_proxy.chain(&self.gateway_warning).cloned());
+        warnings.extend(self.bridges.warnings());
         warnings.extend(self.launched.iter().flat_map(|launched| launched.warnings.clone()));
         warnings
     }
@@ -75,9 +76,10 @@ impl Daemon {
 
     /// Answers those who wait for the desired state, once it is enforced.
     pub(super) fn serve_waiting(&mut self) {
-        self.commits.serve(&self.pollers.running, self.apply_error.as_ref());
+        let answers = self.commits.serve(&self.pollers.running, self.apply_error.as_ref());
         let is_stale = !self.stale().is_empty();
         self.freshness.send_if_modified(|stale| std::mem::replace(stale, is_stale) != is_stale);
+        drop(answers);
         let oldest = self.pollers.running.values().map(Poller::last_success).min().flatten();
         let mut since = oldest.zip(self.view.looked).map(|(read, looked)| read.min(looked));
         let mut underway = Vec::new();
@@ -104,7 +106,8 @@ impl Daemon {
         let unasked = unasked.map(|attachment| format!("instance {} was not read yet", attachment.instance));
         let unread = self.pollers.running.values().flat_map(Poller::unread_groups);
         let unread = unread.map(|group| format!("security group {group} was not read yet"));
-        let errors = self.apply_error.iter().chain(&self.view.error).cloned().chain(self.repairs.error());
+        let errors = self.apply_error.iter().chain(&self.view.error).cloned();
+        let errors = errors.chain(self.repairs.error()).chain(self.bridges.error());
         unlooked.into_iter().chain(unattached).chain(unasked).chain(unread).chain(errors).collect()
     }
 

@@ -17,6 +17,7 @@ use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::{Event, Reply, control};
+use crate::gateway::page;
 use crate::metrics;
 
 /// Scrapers at the same time; more wait.
@@ -36,9 +37,10 @@ pub(super) async fn serve(address: SocketAddr, events: mpsc::Sender<Event>, shut
     let listener = TcpListener::bind(address)
         .await
         .with_context(|| format!("cannot listen on {address} for --metrics; name another address"))?;
-    tracing::info!("metrics are at http://{}/metrics", listener.local_addr()?);
+    let address = listener.local_addr()?;
+    tracing::info!("metrics are at http://{address}/metrics");
     let places = Arc::new(Semaphore::new(CONNECTIONS));
-    let pages = Arc::new(Pages { events, last: Mutex::default() });
+    let pages = Arc::new(Pages { events, last: Mutex::default(), is_local: address.ip().is_loopback() });
     tokio::spawn(shutdown.run_until_cancelled_owned(async move {
         loop {
             let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
@@ -71,6 +73,9 @@ pub(super) async fn serve(address: SocketAddr, events: mpsc::Sender<Event>, shut
 
 async fn answer(request: Request<Incoming>, pages: &Pages) -> Result<Response<Full<Bytes>>, Infallible> {
     let (status, kind, text) = match (request.method(), request.uri().path()) {
+        _ if pages.is_for_another_site(&request) => {
+            (StatusCode::FORBIDDEN, "text/plain", "web pages of other sites may not read this\n".into())
+        }
         (&Method::GET, "/metrics") => match pages.figures().await {
             Some(text) => (StatusCode::OK, metrics::CONTENT_TYPE, text),
             None => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", "the agent is shutting down\n".into()),
@@ -88,9 +93,17 @@ async fn answer(request: Request<Incoming>, pages: &Pages) -> Result<Response<Fu
 struct Pages {
     events: mpsc::Sender<Event>,
     last: Mutex<Option<(Instant, Bytes)>>,
+    /// Whether it is served to this machine alone.
+    is_local: bool,
 }
 
 impl Pages {
+    /// Whether a browser asks for somebody else's web page. Where others may ask, by whatever name they have for this
+    /// machine, a page learns nothing that its owner couldn't ask for.
+    fn is_for_another_site<B>(&self, request: &Request<B>) -> bool {
+        self.is_local && page::foreign(request.method(), request.headers()).is_some()
+    }
+
     /// `None` at the agent's end.
     async fn figures(&self) -> Option<Bytes> {
         // Held while the daemon is asked: who comes meanwhile gets the same.
@@ -105,5 +118,26 @@ impl Pages {
         let page = Bytes::from(metrics::text(*status));
         *last = Some((asked, page.clone()));
         Some(page)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_was_led_here_reads_nothing_of_this_machine() {
+        let (events, _inbox) = mpsc::channel(1);
+        let mut pages = Pages { events, last: Mutex::default(), is_local: true };
+        let request = |host: &str| Request::get("/metrics").header(header::HOST, host).body(()).unwrap();
+        for host in ["127.0.0.1:9100", "localhost:9100", "[::1]:9100"] {
+            assert!(!pages.is_for_another_site(&request(host)), "{host}");
+        }
+        assert!(pages.is_for_another_site(&request("evil.example:9100")));
+        let mut asked = request("localhost:9100");
+        asked.headers_mut().insert("sec-fetch-site", header::HeaderValue::from_static("cross-site"));
+        assert!(pages.is_for_another_site(&asked));
+        pages.is_local = false;
+        assert!(!pages.is_for_another_site(&request("node-1.example:9100")), "a scraper on the network");
     }
 }

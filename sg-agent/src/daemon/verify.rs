@@ -51,7 +51,8 @@ impl Repairs {
 impl Daemon {
     /// Looks once.
     pub(super) fn verify(&mut self) {
-        let (repairs, errors) = tokio::task::block_in_place(|| self.applier.verify());
+        let (mut repairs, errors) = tokio::task::block_in_place(|| self.applier.verify());
+        repairs.extend(tokio::task::block_in_place(|| self.bridges.verify()));
         for repair in &repairs {
             self.repairs.note(repair);
         }

@@ -1,19 +1,18 @@
 //! The maps by their types. Writing rules through them is `apply`'s alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use aya::Ebpf;
-use aya::maps::lpm_trie::LpmTrie;
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
+use aya::maps::{Array, HashMap, IterableMap as _, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use sg_common::abi::{
-    self, Cidr4Key, Cidr6Key, Config, Count, Direction, ExemptKey, Flow, FlowKey, Fragment, FragmentSlot, Interface,
-    Member, MemberKey, OwnKey, Policy, PortKey, PublishedKey, PublishedPort, ReasonKey, ReferenceKey,
+    self, Config, Count, Direction, ExemptKey, Flow, FlowKey, Fragment, FragmentSlot, Interface, LINE_WORDS, Member,
+    MemberKey, OwnKey, Policy, PublishedKey, PublishedPort, ReasonKey, ReferenceKey,
 };
 use sg_common::verdict::Pass;
 
-use super::DatapathError;
 use super::mapped::MappedWords;
+use super::{DatapathError, sys};
 
 /// Every map that the agent reads or writes.
 pub struct Maps {
@@ -28,16 +27,10 @@ pub struct Maps {
     pub(super) bindings_map: MapData,
     /// Policies' headers.
     pub policies: Array<MapData, Policy>,
-    /// Rows by IPv4 prefix.
-    pub cidrs4: LpmTrie<MapData, Cidr4Key, u32>,
-    /// Rows by IPv6 prefix.
-    pub cidrs6: LpmTrie<MapData, Cidr6Key, u32>,
-    /// Columns by protocol and port prefix.
-    pub ports: LpmTrie<MapData, PortKey, u32>,
-    /// Cells; see [`Maps::reach_matrix`].
-    pub matrix: MappedWords,
-    /// The map behind `matrix`: programs that are loaded later refer to it.
-    _matrix_map: MapData,
+    /// What the headers lead to: lines of [`abi::LINE_WORDS`] words; see [`Maps::reach_rules`].
+    pub rules: MappedWords,
+    /// The map behind `rules`: programs that are loaded later refer to it.
+    _rules_map: MapData,
     /// Rows by group.
     pub references: HashMap<MapData, ReferenceKey, u32>,
     /// Groups by address.
@@ -49,6 +42,7 @@ pub struct Maps {
     /// Published ports, by where clients reach them.
     pub published: HashMap<MapData, PublishedKey, PublishedPort>,
     denied: PerCpuArray<MapData, u64>,
+    lost: PerCpuArray<MapData, u64>,
     /// Tracked flows.
     pub flows: HashMap<MapData, FlowKey, Flow>,
     fragments: HashMap<MapData, FragmentSlot, Fragment>,
@@ -71,7 +65,7 @@ impl Maps {
             ebpf.take_map(name).and_then(|map| map.try_into().ok()).ok_or(DatapathError::Map(name))
         }
         let bindings_map = array(ebpf, "BINDINGS")?;
-        let matrix_map = array(ebpf, "MATRIX")?;
+        let rules_map = array(ebpf, "RULES")?;
         let bindings = mapped(&bindings_map, "BINDINGS", abi::MAX_BINDINGS)?;
         reach(&bindings, "BINDINGS", 0..abi::MAX_BINDINGS)?;
         Ok(Self {
@@ -81,17 +75,15 @@ impl Maps {
             bindings,
             bindings_map,
             policies: typed(ebpf, "POLICIES")?,
-            cidrs4: typed(ebpf, "CIDRS4")?,
-            cidrs6: typed(ebpf, "CIDRS6")?,
-            ports: typed(ebpf, "PORTS")?,
-            matrix: mapped(&matrix_map, "MATRIX", abi::MATRIX_WORDS)?,
-            _matrix_map: matrix_map,
+            rules: mapped(&rules_map, "RULES", abi::RULE_LINES * LINE_WORDS as u32)?,
+            _rules_map: rules_map,
             references: typed(ebpf, "REFERENCES")?,
             members: typed(ebpf, "MEMBERS")?,
             secondaries: typed(ebpf, "SECONDARIES")?,
             exempt: typed(ebpf, "EXEMPT")?,
             published: typed(ebpf, "PUBLISHED")?,
             denied: typed(ebpf, "DENIED")?,
+            lost: typed(ebpf, "LOST")?,
             flows: typed(ebpf, "FLOWS")?,
             fragments: typed(ebpf, "FRAGMENTS")?,
             tracked: typed(ebpf, "TRACKED")?,
@@ -116,12 +108,12 @@ impl Maps {
         self.config.set(0, config, 0).map_err(|error| DatapathError::Write { map: "CONFIG", error })
     }
 
-    /// Makes words of the matrix ready to be written.
+    /// Makes lines of rules ready to be written.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn reach_matrix(&self, words: Range<u32>) -> Result<(), DatapathError> {
-        reach(&self.matrix, "MATRIX", words)
+    pub fn reach_rules(&self, lines: Range<u32>) -> Result<(), DatapathError> {
+        reach(&self.rules, "RULES", lines.start * LINE_WORDS as u32..lines.end * LINE_WORDS as u32)
     }
 
     /// All counters, summed over the CPUs: (interface's number, direction, reason's number).
@@ -165,6 +157,14 @@ impl Maps {
         self.denied.set(number, PerCpuValues::try_from(zeros).map_err(MapError::IoError)?, 0)
     }
 
+    /// Lines of the drop log (`--log-drops`) that were lost, because the agent couldn't read as fast as packets dropped.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn lost_lines(&self) -> Result<u64, MapError> {
+        Ok(self.lost.get(&0, 0)?.iter().sum())
+    }
+
     /// How many flows the table holds of an interface, those included that have expired since the last sweep.
     ///
     /// # Errors
@@ -173,40 +173,57 @@ impl Maps {
         Ok(u32::try_from(self.tracked.get(&eni, 0)?.max(0)).unwrap_or(u32::MAX))
     }
 
-    /// Removes every flow, fragment and count of an interface that is no more, before its number is given to another.
+    /// Removes every flow and fragment of interfaces that are no more, before their numbers are given to others. One
+    /// walk for however many there are: the tables are everybody's, and large.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn forget_interface(&mut self, eni: u32) -> Result<(), MapError> {
-        let keys: Vec<FlowKey> = self
-            .flows
-            .keys()
-            .filter(|key| key.as_ref().map_or(true, |key| key.eni == eni))
-            .collect::<Result<_, _>>()?;
-        for key in keys {
-            absent_is_fine(self.flows.remove(&key))?;
+    pub fn forget_flows(&mut self, enis: &BTreeSet<u32>) -> Result<(), MapError> {
+        let mut from = None;
+        loop {
+            let (flows, next) = sys::entries::<FlowKey, Flow>(self.flows.map().fd(), from.as_ref(), FLOWS_AT_ONCE)?;
+            for (key, _) in flows.iter().filter(|(key, _)| enis.contains(&key.eni)) {
+                absent_is_fine(self.flows.remove(key))?;
+            }
+            match next {
+                Some(next) => from = Some(next),
+                None => break,
+            }
         }
-        for slot in 0..2 * abi::FRAGMENT_SLOTS {
+        for (&eni, slot) in enis.iter().flat_map(|eni| (0..2 * abi::FRAGMENT_SLOTS).map(move |slot| (eni, slot))) {
             absent_is_fine(self.fragments.remove(&FragmentSlot { eni, slot }))?;
         }
-        self.tracked.set(eni, 0, 0)?;
+        Ok(())
+    }
+
+    /// Starts their counts anew. Nobody may be about to count any of their flows.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn forget_counts(&mut self, enis: &BTreeSet<u32>) -> Result<(), MapError> {
         let keys: Vec<ReasonKey> = self
             .reasons
             .keys()
-            .filter(|key| key.as_ref().map_or(true, |key| key.eni == eni))
+            .filter(|key| key.as_ref().map_or(true, |key| enis.contains(&key.eni)))
             .collect::<Result<_, _>>()?;
         for key in keys {
             absent_is_fine(self.reasons.remove(&key))?;
         }
-        for direction in [Direction::Ingress, Direction::Egress] {
-            let index = 2 * eni + direction as u32;
-            let zeros = vec![Count::default(); self.established.get(&index, 0)?.len()];
-            let zeros = PerCpuValues::try_from(zeros).map_err(MapError::IoError)?;
-            self.established.set(index, zeros, 0)?;
+        for &eni in enis {
+            self.tracked.set(eni, 0, 0)?;
+            for direction in [Direction::Ingress, Direction::Egress] {
+                let index = 2 * eni + direction as u32;
+                let zeros = vec![Count::default(); self.established.get(&index, 0)?.len()];
+                let zeros = PerCpuValues::try_from(zeros).map_err(MapError::IoError)?;
+                self.established.set(index, zeros, 0)?;
+            }
         }
         Ok(())
     }
 }
+
+/// Flows that one system call reads: some megabytes.
+const FLOWS_AT_ONCE: usize = 16_384;
 
 /// A removal's result, where it doesn't matter whether there was anything.
 pub fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {

@@ -10,6 +10,7 @@ mod btf;
 mod check;
 mod drops;
 mod filter;
+mod gate;
 mod mapped;
 mod maps;
 mod pins;
@@ -20,6 +21,7 @@ mod trial;
 
 pub use attach::Hook;
 pub use check::Fault;
+pub use gate::{Gate, Reach};
 pub use maps::{Maps, absent_is_fine};
 pub use pins::{DetachReport, Pins};
 pub use published::{Watch, Way};

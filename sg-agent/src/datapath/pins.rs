@@ -9,23 +9,33 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use aya::maps::{Array, Map, MapData};
-use sg_common::abi::{self, Binding, Direction, Interface};
+use aya::maps::{Array, Map, MapData, MapInfo};
+use sg_common::abi::{self, Binding, Count, Direction, Flow, FlowKey, Fragment, FragmentSlot, Interface, ReasonKey};
 
 use super::DatapathError;
 use super::attach::Point;
 use super::filter::{self, has_tcx};
 
 /// The maps that packets write: a new set of programs goes on with them.
-const SHARED: [(&str, &str); 5] = [
-    ("FLOWS", "flows"),
-    ("TRACKED", "tracked"),
-    ("FRAGMENTS", "fragments"),
-    ("ESTABLISHED", "established"),
-    ("REASONS", "reasons"),
+const SHARED: [(&str, &str, Size); 5] = [
+    ("FLOWS", "flows", size::<FlowKey, Flow>(abi::MAX_FLOWS)),
+    ("TRACKED", "tracked", size::<u32, i64>(abi::MAX_INTERFACES)),
+    ("FRAGMENTS", "fragments", size::<FragmentSlot, Fragment>(abi::MAX_FRAGMENTS)),
+    ("ESTABLISHED", "established", size::<u32, Count>(2 * abi::MAX_INTERFACES)),
+    ("REASONS", "reasons", size::<ReasonKey, Count>(abi::MAX_COUNTERS)),
 ];
 /// The maps from which the next agent learns the numbers that flows know interfaces and policies by.
-const NUMBERS: [&str; 2] = ["interfaces", "bindings"];
+const NUMBERS: [(&str, Size); 2] = [
+    ("interfaces", size::<u32, Interface>(abi::MAX_INTERFACES)),
+    ("bindings", size::<u32, Binding>(abi::MAX_BINDINGS)),
+];
+
+/// Sizes of a map's keys and values, and how many entries it has at most.
+type Size = (u32, u32, u32);
+
+const fn size<K, V>(entries: u32) -> Size {
+    (size_of::<K>() as u32, size_of::<V>() as u32, entries)
+}
 
 /// An agent's directory on bpffs.
 #[derive(Clone, Debug)]
@@ -40,6 +50,8 @@ pub struct DetachReport {
     pub links: usize,
     /// Maps unpinned.
     pub maps: usize,
+    /// Whether the gate at bridges was opened.
+    pub gate: bool,
     /// What could not be removed, and why.
     pub errors: Vec<String>,
 }
@@ -71,7 +83,31 @@ impl Pins {
                 remove(&path).map_err(fail(&path))?;
             }
         }
+        if let Some(path) = self.misfit() {
+            let path = path.display();
+            tracing::warn!(
+                "{path} is no map of this layout: flows and counters of an earlier agent are not gone on with"
+            );
+            for path in self.maps().map(|(path, _)| path) {
+                remove(&path).map_err(fail(&path))?;
+            }
+        }
         Ok((lock, self.map("flows").exists()))
+    }
+
+    /// A file that has the name of a map of this layout, and not its size.
+    fn misfit(&self) -> Option<PathBuf> {
+        let is_misfit = |path: &Path, size| {
+            let info = MapInfo::from_pin(path).map(|map| (map.key_size(), map.value_size(), map.max_entries()));
+            path.exists() && !info.is_ok_and(|found| found == size)
+        };
+        self.maps().find(|(path, size)| is_misfit(path, *size)).map(|(path, _)| path)
+    }
+
+    /// Every map that is kept, whether or not it is there.
+    fn maps(&self) -> impl Iterator<Item = (PathBuf, Size)> + '_ {
+        let shared = SHARED.iter().map(|&(_, file, size)| (file, size));
+        shared.chain(NUMBERS).map(|(file, size)| (self.map(file), size))
     }
 
     /// Pins live on bpffs only; on any other file system the directory isn't even made.
@@ -111,7 +147,7 @@ impl Pins {
     }
 
     pub(super) fn shared_maps(&self) -> impl Iterator<Item = (&'static str, PathBuf)> + '_ {
-        SHARED.iter().map(|(map, file)| (*map, self.map(file)))
+        SHARED.iter().map(|(map, file, _)| (*map, self.map(file)))
     }
 
     /// The interfaces of an earlier agent, by link index, and the last epoch that it gave.
@@ -126,7 +162,7 @@ impl Pins {
 
     /// Pins the maps of [`NUMBERS`] in the place of an earlier agent's.
     pub(super) fn keep_numbers(&self, interfaces: &MapData, bindings: &MapData) -> Result<(), DatapathError> {
-        for (name, map) in NUMBERS.into_iter().zip([interfaces, bindings]) {
+        for ((name, _), map) in NUMBERS.into_iter().zip([interfaces, bindings]) {
             let path = self.map(name);
             remove(&path).map_err(|error| DatapathError::Pins { path: path.clone(), error })?;
             map.pin(&path).map_err(|error| DatapathError::Pins { path, error: io::Error::other(error) })?;
@@ -189,6 +225,10 @@ impl Pins {
         let links = self.directory.join("links");
         report.links = report.remove_files(&links, remove_attachment);
         report.maps = report.remove_files(&self.directory, remove);
+        report.gate = self.open_bridges().unwrap_or_else(|error| {
+            report.fail("open the bridges of", &self.directory, &error);
+            false
+        });
         for directory in [&links, &self.directory] {
             match fs::remove_dir(directory) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => report.fail("remove", directory, &error),

@@ -77,7 +77,10 @@ impl Datapath {
     }
 
     /// The program for TC, loaded when it is first wanted: most agents publish nothing.
-    pub(super) fn published(&mut self) -> Result<&mut SchedClassifier, DatapathError> {
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub fn published(&mut self) -> Result<&mut SchedClassifier, DatapathError> {
         let program: &mut SchedClassifier =
             self.ebpf.program_mut(TC).and_then(|program| program.try_into().ok()).ok_or(DatapathError::Map(TC))?;
         if program.fd().is_err() {

@@ -8,9 +8,6 @@ use std::sync::Arc;
 use super::names::{self, quoted};
 use crate::model::{EniId, InstanceId};
 
-/// The longest name that the kernel gives a link (IFNAMSIZ less the final zero).
-const LONGEST_LINK: usize = 15;
-
 /// A host-side link that Docker doesn't know, and the instance that it belongs to.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct AttachSpec {
@@ -54,7 +51,7 @@ fn parse(text: &str) -> Result<AttachSpec, String> {
         head.split_once('=').ok_or_else(|| format!("{} doesn't start with INSTANCE_ID=LINK", quoted(text)))?;
     let mut spec = AttachSpec {
         instance: InstanceId(names::id(instance)?.into()),
-        link: link_name(link)?.to_owned(),
+        link: names::link(link)?.to_owned(),
         addresses: Vec::new(),
         mac: None,
         eni: None,
@@ -88,14 +85,6 @@ fn once<T>(slot: &mut Option<T>, key: &str, value: T) -> Result<(), String> {
         Some(_) => Err(format!("{key}= is there twice")),
         None => Ok(()),
     }
-}
-
-fn link_name(text: &str) -> Result<&str, String> {
-    let plain = text.chars().all(|c| c.is_ascii_graphic() && c != '/' && c != ':');
-    if text.is_empty() || text.len() > LONGEST_LINK || !plain || text == "." || text == ".." {
-        return Err(format!("{} is no link's name: 1 to {LONGEST_LINK} characters, as in `ip link`", quoted(text)));
-    }
-    Ok(text)
 }
 
 fn address(text: &str) -> Result<IpAddr, String> {

@@ -74,19 +74,42 @@ pub(crate) async fn connect(host: Option<&str>) -> Result<(Docker, String), Fail
     }
 }
 
-/// Every running container that claims to be an instance, and warnings about claims that can't be taken.
-pub(super) async fn claimed(host: Option<&str>) -> Result<(Vec<Claimed>, Vec<Warning>), Failure> {
+/// The running containers.
+#[derive(Default)]
+pub(super) struct Running {
+    /// Those that claim to be instances.
+    pub(super) claimed: Vec<Claimed>,
+    /// The namespaces of the others, if somebody asks for them.
+    pub(super) others: Vec<Netns>,
+    /// About claims that can't be taken.
+    pub(super) warnings: Vec<Warning>,
+}
+
+/// Every running container that claims to be an instance; with `others` also where all others are.
+pub(super) async fn running(host: Option<&str>, others: bool) -> Result<Running, Failure> {
     let (docker, endpoint) = connect(host).await?;
     let failure = |cause| Failure { endpoint: endpoint.clone(), cause };
     let mut warnings = Vec::new();
-    let candidates: Vec<_> = docker
-        .list_containers(None)
-        .await
-        .map_err(failure)?
-        .into_iter()
-        .filter_map(|container| candidate(container, &mut warnings))
-        .collect();
+    let (mut candidates, mut strangers) = (Vec::new(), Vec::new());
+    for container in docker.list_containers(None).await.map_err(failure)? {
+        let id = container.id.clone();
+        match candidate(container, &mut warnings) {
+            Some(candidate) => candidates.push(candidate),
+            None => strangers.extend(id.filter(|_| others)),
+        }
+    }
     let docker = &docker;
+    let mut opened =
+        stream::iter(strangers).map(|id| async move { netns_of(docker, &id).await }).buffer_unordered(CONCURRENT);
+    let mut others = Vec::new();
+    while let Some(netns) = opened.next().await {
+        match netns {
+            Ok(netns) => others.push(netns),
+            Err(Unopened::Docker(cause)) => return Err(failure(cause)),
+            // Nobody knows then whose its link is.
+            Err(Unopened::Stopped | Unopened::Hidden(_)) => {}
+        }
+    }
     let mut opened = stream::iter(candidates)
         .map(|(id, name, claim, endpoints)| async move {
             let netns = netns_of(docker, &id).await;
@@ -105,7 +128,7 @@ pub(super) async fn claimed(host: Option<&str>) -> Result<(Vec<Claimed>, Vec<War
             }
         }
     }
-    Ok((claimed, warnings))
+    Ok(Running { claimed, others, warnings })
 }
 
 /// What a warning about a container is filed under.
@@ -144,17 +167,17 @@ enum Unopened {
 /// (it stays that very process's), then Docker must still say that the container runs with this id, and only then is
 /// the namespace opened, through the directory: that fails once the process is gone.
 async fn netns_of(docker: &Docker, id: &str) -> Result<Netns, Unopened> {
-    let pid = running(docker, id).await?;
+    let pid = pid_of(docker, id).await?;
     let directory =
         open(format!("/proc/{pid}").as_str(), OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
-    if running(docker, id).await? != pid {
+    if pid_of(docker, id).await? != pid {
         return Err(Unopened::Stopped);
     }
     let netns = directory.map_err(io::Error::from).and_then(|directory| netns_in(&directory));
     match netns {
         Ok(netns) => Ok(netns),
         // Either it has just stopped, or this isn't the process's /proc.
-        Err(error) => match running(docker, id).await {
+        Err(error) => match pid_of(docker, id).await {
             Ok(again) if again == pid => Err(Unopened::Hidden(format!(
                 "can't open the network namespace of process {pid}: {error}; run the agent as root in the host's \
                  pid namespace (--pid host)"
@@ -171,7 +194,7 @@ fn netns_in(process: &OwnedFd) -> io::Result<Netns> {
 }
 
 /// The id of the container's first process, if it runs.
-async fn running(docker: &Docker, id: &str) -> Result<i64, Unopened> {
+async fn pid_of(docker: &Docker, id: &str) -> Result<i64, Unopened> {
     match docker.inspect_container(id, None).await {
         Ok(ContainerInspectResponse { state: Some(state), .. }) if state.running == Some(true) => {
             state.pid.filter(|pid| *pid > 0).ok_or(Unopened::Stopped)

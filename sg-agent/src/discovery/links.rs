@@ -1,7 +1,7 @@
 //! From claims and flags to host-side links: the dedicated thread that visits the namespaces, and the pure part that
 //! pairs the two ends of each veth.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
@@ -14,21 +14,35 @@ use super::docker::{Claimed, Endpoint, subject};
 use super::netlink::{LinkRow, Netlink};
 use super::netns::{Netns, NetnsId, Snapshot, push_new};
 use super::search::Search;
-use super::{Attachment, Discovered, DiscoveryError, Link, OUT_OF_SIGHT, Origin};
+use super::{Attachment, Discovered, DiscoveryError, Link, OUT_OF_SIGHT, Origin, Port};
 use crate::model::Warning;
 
 /// The two ends of a veth are read one after the other; if they disagree, they are read again, so many times in all.
 const ATTEMPTS: u32 = 3;
 
+/// How it is known that a bridge's port is no instance's.
+pub(super) enum Ports {
+    /// Nobody wants to know.
+    Unasked,
+    /// Nobody but flags names instances.
+    Named,
+    /// Its other end is in one of these namespaces, those of containers that claim nothing.
+    Others(Vec<Netns>),
+}
+
 /// Finds the links of `containers` and `specs`.
-pub(super) async fn resolve(containers: Vec<Claimed>, specs: Vec<AttachSpec>) -> Result<Discovered, DiscoveryError> {
+pub(super) async fn resolve(
+    containers: Vec<Claimed>,
+    ports: Ports,
+    specs: Vec<AttachSpec>,
+) -> Result<Discovered, DiscoveryError> {
     let (done, result) = oneshot::channel();
     let failed = |action| move |cause| DiscoveryError::Kernel { action, cause };
     thread::Builder::new()
         .name("sg-netns".to_owned())
         .spawn(move || {
             // Nobody waits any more if this fails.
-            let _ = done.send(visit(&containers, &specs));
+            let _ = done.send(visit(&containers, &ports, &specs));
         })
         .map_err(failed("start the thread that visits network namespaces"))?;
     let ended = |_| DiscoveryError::Kernel {
@@ -39,7 +53,7 @@ pub(super) async fn resolve(containers: Vec<Claimed>, specs: Vec<AttachSpec>) ->
 }
 
 /// Runs on a thread of its own, which ends in another namespace than it began in.
-fn visit(containers: &[Claimed], specs: &[AttachSpec]) -> io::Result<Discovered> {
+fn visit(containers: &[Claimed], ports: &Ports, specs: &[AttachSpec]) -> io::Result<Discovered> {
     let host = Netns::current()?;
     let mut netlink = Netlink::open()?;
     let mut groups: BTreeMap<NetnsId, Vec<&Claimed>> = BTreeMap::new();
@@ -66,6 +80,8 @@ fn visit(containers: &[Claimed], specs: &[AttachSpec]) -> io::Result<Discovered>
             picture.found.containers = containers.iter().map(|container| container.id.clone()).collect();
             picture.found.links = picture.host.links.keys().copied().collect();
             picture.found.host_links = picture.host.host_links();
+            let claimed: Vec<NetnsId> = groups.keys().copied().collect();
+            picture.found.ports = picture.ports(ports, &claimed, &mut netlink)?;
             return Ok(picture.finish());
         }
         attempt += 1;
@@ -89,6 +105,33 @@ struct Picture {
 }
 
 impl Picture {
+    /// The bridges' ports. What shares the namespace of a container that claims to be an instance is no stranger.
+    fn ports(&self, known: &Ports, claimed: &[NetnsId], netlink: &mut Netlink) -> io::Result<Vec<Port>> {
+        let strangers: Option<BTreeSet<i32>> = match known {
+            Ports::Unasked => return Ok(Vec::new()),
+            Ports::Named => None,
+            Ports::Others(others) => {
+                let mut ids = BTreeSet::new();
+                for netns in others.iter().filter(|netns| !claimed.contains(&netns.id)) {
+                    ids.extend(netlink.netns_id(netns.as_fd())?);
+                }
+                Some(ids)
+            }
+        };
+        let mut ports = Vec::new();
+        for link in self.host.links.values() {
+            let bridge = link.master.and_then(|master| self.host.links.get(&master));
+            let Some(bridge) = bridge.filter(|bridge| bridge.kind.as_deref() == Some("bridge")) else { continue };
+            let is_stranger = !self.taken.contains_key(&link.index)
+                && strangers.as_ref().is_none_or(|strangers| {
+                    link.kind.as_deref() != Some("veth") || link.peer_netns.is_some_and(|id| strangers.contains(&id))
+                });
+            let link = Link { ifindex: link.index, name: link.name.clone() };
+            ports.push(Port { link, bridge: bridge.name.clone(), is_stranger });
+        }
+        Ok(ports)
+    }
+
     /// One `--attach`. `peer` is the other end, if it could be found.
     fn add_spec(&mut self, spec: &AttachSpec, peer: Option<(Snapshot, LinkRow)>) {
         let warn = |problem: String| Warning { subject: format!("--attach {}={}", spec.instance, spec.link), problem };
@@ -184,8 +227,10 @@ impl Picture {
         if exits.is_empty() {
             self.warn(owner, "it has no link out of its network namespace".to_owned());
         }
-        let endpoints = members.iter().flat_map(|member| &member.endpoints).cloned().collect();
-        let endpoints = assign(&exits, inside, endpoints);
+        let given: Vec<Endpoint> = members.iter().flat_map(|member| &member.endpoints).cloned().collect();
+        let endpoints = assign(&exits, inside, given.clone());
+        let origin =
+            Origin::Docker { container: owner.id.clone(), name: owner.name.clone(), convention: owner.claim.system };
         for (device_index, (row, endpoint)) in exits.into_iter().zip(endpoints).enumerate() {
             let (link, _) = match other_end(row, &self.host, id) {
                 Ok(ends) => ends,
@@ -221,14 +266,27 @@ impl Picture {
                 addresses,
                 networks: inside.networks_of(row.index),
                 gateways,
-                origin: Origin::Docker {
-                    container: owner.id.clone(),
-                    name: owner.name.clone(),
-                    convention: owner.claim.system,
-                },
+                origin: origin.clone(),
                 publish: std::mem::take(&mut publish),
             });
         }
+        let is_found = |endpoint: &&Endpoint| self.found.attachments.iter().any(|found| found.mac == endpoint.mac);
+        let missing = given.iter().filter(|endpoint| !is_found(endpoint)).map(|endpoint| Attachment {
+            instance: owner.claim.instance.clone(),
+            account: owner.claim.account.clone(),
+            region: owner.claim.region.clone(),
+            eni: None,
+            device_index: 0,
+            link: Link { ifindex: 0, name: String::new() },
+            mac: endpoint.mac,
+            addresses: Vec::new(),
+            networks: Vec::new(),
+            gateways: Vec::new(),
+            origin: origin.clone(),
+            publish: Vec::new(),
+        });
+        let missing: Vec<Attachment> = missing.collect();
+        self.found.missing.extend(missing);
     }
 
     /// Leaves of the next hops the host's own, and adds the host's addresses on the link's segment.

@@ -27,7 +27,7 @@ mod publish;
 mod search;
 mod watch;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -37,6 +37,7 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 pub use self::attach_spec::{AttachError, AttachSpec};
+use self::links::Ports;
 pub use self::publish::{PublishError, PublishSpec};
 pub use self::watch::watch;
 use crate::model::{EniId, InstanceId, Warning};
@@ -51,13 +52,15 @@ pub struct Options {
     pub docker_host: Option<String>,
     /// Links that Docker doesn't know.
     pub attach: Vec<AttachSpec>,
+    /// Whether somebody wants to know of the strangers among bridges' ports ([`Port::is_stranger`]).
+    pub ports: bool,
     /// [`watch`] asks for a scan at least this often. It covers what no event tells (see there).
     pub rescan: Duration,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { docker: true, docker_host: None, attach: Vec::new(), rescan: Duration::from_secs(10) }
+        Self { docker: true, docker_host: None, attach: Vec::new(), ports: false, rescan: Duration::from_secs(10) }
     }
 }
 
@@ -138,6 +141,24 @@ pub struct Discovered {
     pub links: BTreeSet<u32>,
     /// Those of them that have addresses, by which the host is reached.
     pub host_links: Vec<HostLink>,
+    /// Those of them that are a bridge's ports, if [`Options::ports`] asks.
+    pub ports: Vec<Port>,
+    /// The interfaces that Docker gave to containers, and no link was found for: what each would be, without its link.
+    #[serde(skip)]
+    pub missing: Vec<Attachment>,
+}
+
+/// A bridge's port.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Port {
+    /// The link.
+    pub link: Link,
+    /// The bridge's name.
+    pub bridge: String,
+    /// Whether it is known to be no instance's: a running container's that claims none, a link that no container can be
+    /// behind (a tap, hardware), or, where Docker isn't asked, one that no flag names. A veth whose other end is in no
+    /// running container may be that of one which is just being started.
+    pub is_stranger: bool,
 }
 
 /// A link by which this host is reached.
@@ -154,6 +175,28 @@ pub struct HostLink {
 }
 
 impl Discovered {
+    /// The same where there is no last picture, but `earlier` links, which an agent before this one enforced, with the MAC
+    /// addresses that it knew: whose other end is gone while a container misses an interface stays that container's. Which
+    /// of several it is matters little, as all are denied everything.
+    pub fn find_hidden(&mut self, mut earlier: BTreeMap<Link, Option<[u8; 6]>>) {
+        earlier.retain(|link, _| self.links.contains(&link.ifindex));
+        earlier.retain(|link, _| self.attachments.iter().all(|attachment| attachment.link != *link));
+        let mut hidden = Self { containers: self.containers.clone(), links: self.links.clone(), ..Self::default() };
+        let mut missing = self.missing.clone();
+        for is_it in [(|known, mac| known == Some(mac)) as fn(Option<[u8; 6]>, [u8; 6]) -> bool, |known, _| {
+            known.is_none_or(|known| known == OUT_OF_SIGHT)
+        }] {
+            missing.retain_mut(|attachment| {
+                let found = earlier.iter().find(|&(_, &known)| is_it(known, attachment.mac));
+                let Some(link) = found.map(|(link, _)| link.clone()) else { return true };
+                earlier.remove(&link);
+                hidden.attachments.push(Attachment { link, ..attachment.clone() });
+                false
+            });
+        }
+        self.keep_hidden(hidden);
+    }
+
     /// Keeps those links of the last picture whose container still runs, but whose other end isn't found in it any
     /// more: an instance that moves its end to where nobody sees it must not be rid of its rules by that.
     pub fn keep_hidden(&mut self, last: Self) {
@@ -207,15 +250,20 @@ pub enum DiscoveryError {
 /// # Errors
 /// See [`DiscoveryError`]. A container that stops meanwhile is none: it just isn't in the result.
 pub async fn scan(options: &Options) -> Result<Discovered, DiscoveryError> {
-    let (containers, mut warnings, failure) = if options.docker {
-        match docker::claimed(options.docker_host.as_deref()).await {
-            Ok((containers, warnings)) => (containers, warnings, None),
-            Err(failure) => (Vec::new(), Vec::new(), Some(failure)),
+    let (mut running, mut failure) = (docker::Running::default(), None);
+    if options.docker {
+        match docker::running(options.docker_host.as_deref(), options.ports).await {
+            Ok(seen) => running = seen,
+            Err(failed) => failure = Some(failed),
         }
-    } else {
-        (Vec::new(), Vec::new(), None)
+    }
+    let docker::Running { claimed, others, mut warnings } = running;
+    let ports = match (options.ports, options.docker) {
+        (false, _) => Ports::Unasked,
+        (true, true) => Ports::Others(others),
+        (true, false) => Ports::Named,
     };
-    let mut discovered = links::resolve(containers, options.attach.clone()).await?;
+    let mut discovered = links::resolve(claimed, ports, options.attach.clone()).await?;
     discovered.warnings.append(&mut warnings);
     discovered.warnings.sort();
     discovered.warnings.dedup();
@@ -224,5 +272,71 @@ pub async fn scan(options: &Options) -> Result<Discovered, DiscoveryError> {
         Some(docker::Failure { endpoint, cause }) => {
             Err(DiscoveryError::Docker { endpoint, cause: Box::new(cause), attached: Box::new(discovered) })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+    fn attachment(container: &str, mac: [u8; 6], link: Link) -> Attachment {
+        Attachment {
+            instance: InstanceId::from("i-1"),
+            account: None,
+            region: None,
+            eni: None,
+            device_index: 0,
+            link,
+            mac,
+            addresses: vec![IpAddr::from([10, 0, 0, 1])],
+            networks: Vec::new(),
+            gateways: Vec::new(),
+            origin: Origin::Docker { container: container.into(), name: container.into(), convention: "sg-agent" },
+            publish: Vec::new(),
+        }
+    }
+
+    fn link(ifindex: u32) -> Link {
+        Link { ifindex, name: format!("veth{ifindex}") }
+    }
+
+    /// Containers `a` and `b` run, `missing` have no link, and the links 1 to 5 are there.
+    fn found_hidden(missing: &[(&str, [u8; 6])], earlier: &[(u32, Option<[u8; 6]>)]) -> Vec<(u32, [u8; 6])> {
+        let none = || Link { ifindex: 0, name: String::new() };
+        let mut discovered = Discovered {
+            containers: ["a", "b"].map(str::to_owned).into(),
+            links: (1..=5).collect(),
+            attachments: vec![attachment("b", [9; 6], link(5))],
+            missing: missing.iter().map(|&(container, mac)| attachment(container, mac, none())).collect(),
+            ..Discovered::default()
+        };
+        discovered.find_hidden(earlier.iter().map(|&(index, mac)| (link(index), mac)).collect());
+        let hidden = discovered.attachments.iter().filter(|attachment| attachment.link.ifindex != 5);
+        assert_eq!(hidden.clone().count(), discovered.warnings.len(), "each is told");
+        assert!(hidden.clone().all(|attachment| attachment.addresses.is_empty()));
+        hidden.map(|attachment| (attachment.link.ifindex, attachment.mac)).collect()
+    }
+
+    #[test]
+    fn what_an_earlier_agent_enforced_and_is_out_of_sight_is_denied_everything() {
+        let a = [("a", MAC)];
+        assert_eq!(found_hidden(&a, &[(1, Some([7; 6])), (2, Some(MAC))]), [(2, OUT_OF_SIGHT)], "by its address");
+        assert_eq!(
+            found_hidden(&a, &[(1, Some([7; 6])), (2, Some(OUT_OF_SIGHT))]),
+            [(2, OUT_OF_SIGHT)],
+            "hidden before"
+        );
+        assert_eq!(found_hidden(&a, &[(3, None)]), [(3, OUT_OF_SIGHT)], "of another layout");
+        assert_eq!(
+            found_hidden(&[], &[(1, Some(MAC)), (2, None)]),
+            [],
+            "no container misses anything: a flag that is gone"
+        );
+        assert_eq!(found_hidden(&a, &[(1, Some([7; 6]))]), [], "another's");
+        assert_eq!(found_hidden(&a, &[(5, Some(MAC)), (6, Some(MAC))]), [], "attached, and gone");
+        let both = found_hidden(&[("a", MAC), ("b", [8; 6])], &[(1, None), (2, Some(MAC))]);
+        assert_eq!(both, [(1, OUT_OF_SIGHT), (2, OUT_OF_SIGHT)]);
     }
 }

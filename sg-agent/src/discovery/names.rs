@@ -2,6 +2,9 @@
 //!
 //! Everything that passes is plain ASCII without separators, so it is safe in a log line, a map key and a path.
 
+/// The longest name that the kernel gives a link (IFNAMSIZ less the final zero).
+const LONGEST_LINK: usize = 15;
+
 /// The longest identifier that is taken.
 const LONGEST: usize = 64;
 
@@ -52,6 +55,15 @@ pub(crate) fn quoted(text: &str) -> String {
         Some((end, _)) => format!("{:?}…", &text[..end]),
         None => format!("{text:?}"),
     }
+}
+
+/// A link's name.
+pub(crate) fn link(text: &str) -> Result<&str, String> {
+    let plain = text.chars().all(|c| c.is_ascii_graphic() && c != '/' && c != ':');
+    if text.is_empty() || text.len() > LONGEST_LINK || !plain || text == "." || text == ".." {
+        return Err(format!("{} is no link's name: 1 to {LONGEST_LINK} characters, as in `ip link`", quoted(text)));
+    }
+    Ok(text)
 }
 
 #[cfg(test)]

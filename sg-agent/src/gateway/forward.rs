@@ -26,6 +26,10 @@ const COMMIT: HeaderName = HeaderName::from_static("x-sg-agent-commit");
 /// How long the endpoint may take to answer a change whose client is gone.
 const LINGER: Duration = Duration::from_secs(30);
 
+/// How long a late answer waits for the rules to be known as stale, which takes milliseconds unless the agent has its
+/// hands full.
+const NOTED: Duration = Duration::from_millis(100);
+
 /// Forwards to one endpoint.
 #[derive(Debug)]
 pub struct Forwarder {
@@ -76,7 +80,7 @@ impl Forwarder {
                 Err(failure) => self.unanswered(&failure),
             },
             Effect::Change(whom, extent) => {
-                if let Some(page) = page::foreign(&head) {
+                if let Some(page) = page::foreign(&head.method, &head.headers) {
                     tracing::warn!(page = %page.escape_default(), "a web page may not change anything: refused");
                     let line = "sg-agent's gateway: web pages of other sites may not change anything".to_owned();
                     return told(StatusCode::FORBIDDEN, line);
@@ -155,18 +159,21 @@ impl Forwarder {
 
     /// Has the change read and enforced.
     async fn commit(&self, whom: Whom, extent: Extent, done: Asked) -> Result<(), Uncommitted> {
-        let (reply, told) = oneshot::channel();
+        let ((reply, told), (known, is_known)) = (oneshot::channel(), oneshot::channel::<()>());
         let Asked { modified, rebooted } = done;
-        let commit = Commit { whom, asked: Instant::now(), modified, rebooted, extent, reply };
+        let commit = Commit { whom, asked: Instant::now(), modified, rebooted, extent, reply, known };
         // In a task of its own: a change that is answered late, because nobody had time to hear of it, is heard of all the
         // same. It is what makes the rules stale, and what it modified may be told by nobody else.
         let commits = self.commits.clone();
         tokio::spawn(async move { commits.send(commit).await });
-        let committed = async {
-            let ended = |_| Uncommitted::Failed("the agent is shutting down".to_owned());
-            told.await.map_err(ended)?.map_err(Uncommitted::Failed)
-        };
-        tokio::time::timeout(self.commit_timeout, committed).await.unwrap_or(Err(Uncommitted::Late))
+        let ended = |_| Uncommitted::Failed("the agent is shutting down".to_owned());
+        match tokio::time::timeout(self.commit_timeout, told).await {
+            Ok(told) => told.map_err(ended)?.map_err(Uncommitted::Failed),
+            Err(_) => {
+                let _ = tokio::time::timeout(NOTED, is_known).await;
+                Err(Uncommitted::Late)
+            }
+        }
     }
 
     fn unanswered(&self, failure: &Failure) -> Response<Body> {

@@ -7,7 +7,7 @@ mod forward;
 mod headers;
 mod held;
 mod modified;
-mod page;
+pub mod page;
 mod rebooted;
 mod upstream;
 
@@ -21,6 +21,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Serialize};
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -41,6 +42,10 @@ const FIELDS: usize = 512;
 
 /// How long a client may take to send a request's head, counted from the end of the one before: idle ones give way too.
 const LONGEST_HEAD: Duration = Duration::from_secs(60);
+
+/// How long a client may take to read something of an answer (`TCP_USER_TIMEOUT`, which is also about a window that stays
+/// closed): what is held for it takes room.
+const LONGEST_STALL: Duration = Duration::from_secs(60);
 
 /// How long to wait after an accept that failed for want of something.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -101,6 +106,8 @@ pub struct Commit {
     pub rebooted: Vec<InstanceId>,
     /// Why it isn't enforced, or that it is.
     pub reply: oneshot::Sender<Result<(), String>>,
+    /// Dropped when whatever `reply` says is known to everybody, or that nobody waits for it.
+    pub known: oneshot::Sender<()>,
 }
 
 /// Why there is no gateway.
@@ -244,6 +251,8 @@ async fn accept(listener: TcpListener, forwarder: Arc<Forwarder>, shutdown: Canc
 
 async fn serve(stream: TcpStream, forwarder: Arc<Forwarder>, shutdown: CancellationToken) {
     let _ = stream.set_nodelay(true);
+    // Who doesn't read on leaves the room that its answer takes to others.
+    let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(LONGEST_STALL));
     let service = service_fn(move |request| {
         let forwarder = Arc::clone(&forwarder);
         async move { Ok::<_, std::convert::Infallible>(forwarder.answer(request).await) }

@@ -1,14 +1,14 @@
 //! Whether a request comes from a web page of somebody else's: every browser of this machine reaches the gateway, and an
-//! emulator answers whoever asks. Such pages may read what the endpoint lets them, and change nothing.
+//! emulator answers whoever asks. Such pages may read what the endpoint lets them, and change nothing. Nor do they read the
+//! metrics of a machine that serves them to itself alone.
 
 use std::net::IpAddr;
 
-use http::request::Parts;
-use http::{Method, Uri, header};
+use http::{HeaderMap, Method, Uri, header};
 
 /// Who the page is, if it is a page that isn't this machine's own.
-pub fn foreign(head: &Parts) -> Option<String> {
-    let text = |name: &str| head.headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
+pub fn foreign(method: &Method, fields: &HeaderMap) -> Option<String> {
+    let text = |name: &str| fields.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     // Browsers name the page with every POST.
     if let Some(origin) = text(header::ORIGIN.as_str()) {
         let host = origin.parse::<Uri>().ok().and_then(|uri| uri.host().map(str::to_owned));
@@ -22,7 +22,7 @@ pub fn foreign(head: &Parts) -> Option<String> {
     let host = text(header::HOST.as_str()).unwrap_or_default();
     let name = host.parse::<Uri>().ok().and_then(|uri| uri.host().map(str::to_owned)).unwrap_or(host);
     let is_known = is_local(&name) || is_address(&name) || name.ends_with(".amazonaws.com");
-    (head.method == Method::GET && !is_known).then_some(name)
+    (method == Method::GET && !is_known).then_some(name)
 }
 
 fn is_local(host: &str) -> bool {
@@ -49,7 +49,8 @@ mod tests {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        foreign(&request.body(()).unwrap().into_parts().0)
+        let head = request.body(()).unwrap().into_parts().0;
+        foreign(&head.method, &head.headers)
     }
 
     #[test]

@@ -115,7 +115,8 @@ impl Port {
         let Some(Introduction { client, rest }) = self.introduce(&mut stream, peer).await else {
             return reset(stream);
         };
-        // Before it is judged, so that no change in between is missed.
+        // Before it is judged. Who may race: a change of the rules, with this client. Worst: it is let in by the old ones,
+        // for as long as it takes this task to run again: `relay` finds the snapshot changed and asks once more.
         let mut snapshots = self.service.snapshots.clone();
         snapshots.mark_unchanged();
         let Ok((place, pass)) = self.admit(client, self.service.freshness.renew().await) else {

@@ -1,5 +1,6 @@
 //! What a published port counts.
 
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
@@ -12,6 +13,8 @@ use super::publish::Published;
 pub struct PortCounters {
     /// Whose port.
     pub instance: String,
+    /// The host's addresses at which it is published.
+    pub addresses: Vec<IpAddr>,
     /// The host's port.
     pub host_port: u16,
     /// The instance's port.
@@ -106,6 +109,7 @@ impl Counts {
     pub fn read(&self, published: &Published, limit: u64) -> PortCounters {
         PortCounters {
             instance: published.instance.to_string(),
+            addresses: published.bind.clone(),
             host_port: published.host_port,
             port: published.port,
             protocol: published.transport.name().into(),

@@ -196,7 +196,10 @@ impl Client {
 
     /// The endpoint.
     pub fn url(&self) -> String {
-        self.endpoint.to_string()
+        let mut shown = self.endpoint.clone();
+        // Fails for URLs without a host only, which this one has.
+        let _ = shown.set_username("").and_then(|()| shown.set_password(None));
+        shown.to_string()
     }
 }
 

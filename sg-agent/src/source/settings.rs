@@ -66,7 +66,7 @@ impl Settings {
         let endpoint = endpoint.unwrap_or_else(|| aws_endpoint(&region));
         let bad_url = || SourceError::Setting {
             name: "the endpoint",
-            value: endpoint.clone(),
+            value: without_credentials(&endpoint),
             expected: "http or https URL such as http://127.0.0.1:5000",
         };
         let url: Url = endpoint.parse().map_err(|_| bad_url())?;
@@ -86,6 +86,13 @@ impl Settings {
         });
         Ok(Self { endpoint: url, region, account, emulator, timeout: options.timeout })
     }
+}
+
+/// What stands for user and password before a host is nobody's to read, whatever else the text is.
+fn without_credentials(url: &str) -> String {
+    let Some((before, host)) = url.rsplit_once('@') else { return url.to_owned() };
+    let scheme = before.split_once("//").map(|(scheme, _)| format!("{scheme}//"));
+    format!("{}***@{host}", scheme.unwrap_or_default())
 }
 
 fn aws_endpoint(region: &str) -> String {
@@ -195,6 +202,10 @@ mod tests {
         for url in ["127.0.0.1:5000", "ftp://a", "", "unix:/x"] {
             let error = resolve(endpoint(url), &[]).unwrap_err().to_string();
             assert!(error.contains(&format!("{url:?}")) && error.contains("http://127.0.0.1:5000"), "{error}");
+        }
+        for url in ["ftp://me:secret@a", "me:secret@a", "http://me:sec@ret@", "http://me:secret@a:x"] {
+            let error = resolve(endpoint(url), &[]).map(|settings| settings.endpoint).unwrap_err().to_string();
+            assert!(error.contains("***@") && !error.contains("sec"), "{error}");
         }
         let account = Ec2Options { account: Some("123".into()), ..Default::default() };
         assert!(resolve(account, &[]).unwrap_err().to_string().contains("twelve digits"));

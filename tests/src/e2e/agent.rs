@@ -22,6 +22,7 @@ const SETTLE: &str = "120";
 /// One agent. Dropped, it is stopped and everything of it is taken away, whatever the test did.
 #[derive(Debug)]
 pub struct Agent {
+    binary: PathBuf,
     directory: PathBuf,
     bpffs: PathBuf,
     namespace: Option<File>,
@@ -45,7 +46,16 @@ impl Agent {
         }
         let bpffs = Path::new("/sys/fs/bpf").join(name);
         let namespace = namespace.map(Namespace::handle);
-        Self { directory, bpffs, namespace, arguments: Vec::new(), environment: Vec::new(), child: None, began: 0 }
+        Self {
+            binary: binary().to_owned(),
+            directory,
+            bpffs,
+            namespace,
+            arguments: Vec::new(),
+            environment: Vec::new(),
+            child: None,
+            began: 0,
+        }
     }
 
     /// More arguments for `sg-agent run`.
@@ -66,6 +76,12 @@ impl Agent {
         self
     }
 
+    /// Goes on with another binary, from its next start on: an upgrade.
+    pub fn replace_binary(&mut self, binary: &Path) -> &mut Self {
+        binary.clone_into(&mut self.binary);
+        self
+    }
+
     /// A directory that goes with the agent.
     pub fn directory(&self) -> &Path {
         &self.directory
@@ -79,8 +95,8 @@ impl Agent {
     /// A command line of this agent's, without the subcommand.
     pub fn command(&self) -> Command {
         let mut command = match &self.namespace {
-            Some(namespace) => command_in(namespace, binary()),
-            None => Command::new(binary()),
+            Some(namespace) => command_in(namespace, &self.binary),
+            None => Command::new(&self.binary),
         };
         // The user's own account and settings stay out of it.
         for (name, _) in std::env::vars_os() {
@@ -108,7 +124,7 @@ impl Agent {
         let mut command = self.command();
         command.arg("run").args(&self.arguments).stdout(log).stderr(again);
         ends_with_this_thread(&mut command);
-        let child = command.spawn().unwrap_or_else(|error| panic!("cannot start {}: {error}", binary().display()));
+        let child = command.spawn().unwrap_or_else(|error| panic!("cannot start {}: {error}", self.binary.display()));
         self.child = Some(child);
         self
     }
@@ -125,7 +141,7 @@ impl Agent {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .unwrap_or_else(|error| panic!("cannot run {}: {error}", binary().display()));
+            .unwrap_or_else(|error| panic!("cannot run {}: {error}", self.binary.display()));
         while waiting.try_wait().expect("a child can be waited for").is_none() {
             // Nothing can come any more from one that has ended.
             if self.child.as_mut().is_none_or(|child| child.try_wait().is_ok_and(|ended| ended.is_some())) {
@@ -316,6 +332,20 @@ pub fn binary() -> &'static Path {
         let newest = built.into_iter().filter_map(|path| Some((path.metadata().ok()?.modified().ok()?, path))).max();
         newest.expect("set SG_AGENT_BIN, or build the agent with 'cargo xtask build'").1
     })
+}
+
+/// An agent with programs and maps of another layout (the feature `another-layout`): `SG_AGENT_ANOTHER`, or where
+/// `cargo xtask build --another-layout` leaves it.
+///
+/// # Panics
+/// When there is none.
+pub fn another_layout() -> PathBuf {
+    let path = match std::env::var_os("SG_AGENT_ANOTHER") {
+        Some(path) => path.into(),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/another/sg-agent"),
+    };
+    assert!(path.is_file(), "no {}: build it with 'cargo xtask build --another-layout'", path.display());
+    path
 }
 
 /// Everything that a command said.

@@ -9,6 +9,7 @@ mod frames;
 mod lab;
 mod moto;
 mod namespace;
+mod paused;
 mod probe;
 mod rules;
 mod server;
@@ -23,7 +24,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub use agent::{Agent, binary, said};
+pub use agent::{Agent, another_layout, binary, said};
 pub use docker::{Container, Docker, IDLE, Image, Launched, Network, docker, import};
 pub use endpoint::Endpoint;
 pub use engine::{Engine, forward};
@@ -31,6 +32,7 @@ pub use frames::{FrameSocket, arp_reply, fill_checksums, offloaded_datagram, sen
 pub use lab::{Lab, LabBuilder};
 pub use moto::{Moto, element};
 pub use namespace::{Namespace, ends_with_this_thread};
+pub use paused::Paused;
 pub use probe::{Attempt, PATIENCE, SILENCE, Stream};
 pub use rules::Rules;
 pub use server::Server;

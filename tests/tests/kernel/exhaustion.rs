@@ -119,6 +119,30 @@ pub fn a_flood_neither_evicts_nor_starves_others() {
     });
 }
 
+/// The table itself, which one instance can fill only where it is given all of it.
+#[test]
+pub fn a_full_table_evicts_nobody_and_drops_what_is_new() {
+    isolated(|| {
+        let mut lab = Lab::new("in tcp22 A/32 + tcp80 0.0.0.0/0, out all");
+        lab.configure(|config| config.allowance = MAX_FLOWS);
+        let syn = || tcp(A, B).syn();
+        run(&mut lab, "SG-3.1", vec![leaves(tcp(B, X).ports(1, 443).syn(), NEW)]);
+        assert_eq!(lab.flood(A, Direction::Egress, syns(A, MAX_FLOWS)), MAX_FLOWS - 1, "SG-3.6: B has one");
+        assert_eq!(tracked(&mut lab, A), (MAX_FLOWS - 1, MAX_FLOWS - 1));
+        for (packet, expected, what) in [
+            (tcp(B, X).ports(1, 443).syn_ack().reply(), ESTABLISHED, "what lives goes on"),
+            (syn(), FULL, "what is new is dropped"),
+            (tcp(X, B).ports(40_000, 80).syn(), Ok(Pass::Untracked), "what needs no entry passes"),
+        ] {
+            assert_eq!(lab.execute(B, Direction::Ingress, &packet.frame()), expected, "SG-3.6: {what}");
+        }
+        assert_eq!(tracked(&mut lab, B), (1, 1), "SG-3.6: nothing was evicted");
+        // Room comes when flows end, and not before.
+        forget_flows(&mut lab);
+        assert_eq!(lab.execute(B, Direction::Ingress, &syn().frame()), NEW);
+    });
+}
+
 #[test]
 pub fn an_interface_s_number_comes_back_with_nothing_on_it() {
     isolated(|| {

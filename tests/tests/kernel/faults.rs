@@ -2,10 +2,9 @@
 //! A map that somebody else has filled fails at the first entry that is new to it, be it before or after the policies
 //! were put in force.
 
-use aya::maps::lpm_trie::Key;
 use sg_agent::datapath::Maps;
 use sg_agent::model::Inventory;
-use sg_common::abi::{Cidr4Key, Cidr6Key, ExemptKey, Interface, Member, MemberKey, OwnKey, PortKey, ReferenceKey};
+use sg_common::abi::{ExemptKey, Interface, Member, MemberKey, OwnKey, ReferenceKey};
 use sg_common::addr::Address;
 use sg_common::verdict::{Drop, Pass, Verdict};
 use tests::cast::{A, B, C};
@@ -29,29 +28,11 @@ fn nobody(number: u32) -> Address {
     Address::v4([240 | a, b, c, d])
 }
 
-fn cidr4(number: u32) -> Key<Cidr4Key> {
-    Key::new(64, Cidr4Key { table: u32::MAX.to_be_bytes(), address: number.to_be_bytes() })
-}
-
-fn cidr6(number: u32) -> Key<Cidr6Key> {
-    let mut address = [0; 16];
-    address[..4].copy_from_slice(&number.to_be_bytes());
-    Key::new(160, Cidr6Key { table: u32::MAX.to_be_bytes(), address })
-}
-
-fn port(number: u32) -> Key<PortKey> {
-    let [a, b, c, d] = number.to_be_bytes();
-    Key::new(64, PortKey { table: u32::MAX.to_be_bytes(), protocol: [a, b], port: [c, d] })
-}
-
 fn exempt(number: u32) -> ExemptKey {
     ExemptKey { vpc: u32::MAX, address: nobody(number), port: 1, protocol: 17, pad: 0 }
 }
 
 const MAPS: &[(&str, Fill, Free)] = &[
-    ("CIDRS4", |maps, n| maps.cidrs4.insert(&cidr4(n), 1, 0).is_ok(), |maps, n| drop(maps.cidrs4.remove(&cidr4(n)))),
-    ("CIDRS6", |maps, n| maps.cidrs6.insert(&cidr6(n), 1, 0).is_ok(), |maps, n| drop(maps.cidrs6.remove(&cidr6(n)))),
-    ("PORTS", |maps, n| maps.ports.insert(&port(n), 1, 0).is_ok(), |maps, n| drop(maps.ports.remove(&port(n)))),
     (
         "REFERENCES",
         |maps, n| maps.references.insert(ReferenceKey { table: u32::MAX, group: n }, 1, 0).is_ok(),

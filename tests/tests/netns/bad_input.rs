@@ -87,13 +87,14 @@ fn a_file_that_breaks_leaves_the_last_good_policy() {
 }
 
 #[test]
-fn a_rules_file_that_is_missing_at_the_start_denies_and_is_waited_for() {
+fn a_rules_file_without_rules_at_the_start_denies_and_is_waited_for() {
     let world = World::new(&["a", "b"]);
     let mut agent = Agent::new(Some(&world.host));
     let path = agent.directory().join("none.json");
     agent.arguments(["--no-docker", "--attach", "i-b=veth-b", "--rules"]).arguments([&path]);
+    std::fs::write(&path, "").expect("a new file, that somebody is about to write");
     agent.start();
-    agent.logged(&["WARN", "none.json", "No such file"]);
+    agent.logged(&["WARN", "none.json", "EOF"]);
     let status = output(agent.command().args(["status", "--wait", "0.5"]));
     let said = String::from_utf8_lossy(&status.stderr).into_owned();
     assert!(!status.status.success() && said.trim().lines().count() == 1, "{said}");
@@ -194,6 +195,7 @@ fn arguments_that_can_not_be_used_are_named() {
         (&["--exempt", "192.0.2.53"], "192.0.2.53"),
         (&["--udp-timeout", "5"], "5"),
         (&["--endpoint-url", "ftp://127.0.0.1/"], "ftp://127.0.0.1/"),
+        (&["--rules", "/no/such/rules.json"], "/no/such/rules.json: there is no such file"),
         (&["--endpoint-url", "http://127.0.0.1:1", "--region", "Mars!"], "Mars!"),
         (&["--endpoint-url", "http://127.0.0.1:1", "--account", "me"], "me"),
     ] {

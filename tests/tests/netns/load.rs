@@ -23,7 +23,7 @@ fn number(name: &str, default: u64) -> u64 {
 
 /// What goes on all the time. Each counts what it has done, and fails by panicking.
 #[derive(Default)]
-struct Load {
+pub struct Load {
     end: AtomicBool,
     /// Datagrams that must arrive, and as many that mustn't.
     datagrams: AtomicU64,
@@ -36,6 +36,11 @@ struct Load {
 }
 
 impl Load {
+    /// One in which who gets no answer speaks again.
+    pub fn that_speaks_again() -> Self {
+        Self { speaks_again: true, ..Self::default() }
+    }
+
     fn run(&self, count: &AtomicU64, mut once: impl FnMut()) {
         while !self.end.load(SeqCst) {
             once();
@@ -89,7 +94,7 @@ impl Drop for EndOf<'_> {
     }
 }
 
-fn lab() -> Lab {
+pub fn lab() -> Lab {
     let mut lab = Lab::with(&["a", "b"]);
     lab = lab.rules(|rules| rules.ingress("sg-b", &["tcp 22 10.0.1.10/32", "udp 5000 10.0.1.10/32"]));
     let mut lab = lab.start();
@@ -118,7 +123,7 @@ fn drops(lab: &Lab, instance: &str, direction: &str) -> Vec<(String, u64)> {
 }
 
 /// Runs the load while `change` does something to the agent, again and again. Returns what was sent.
-fn under_load(lab: &mut Lab, load: Load, mut change: impl FnMut(&mut Lab, u64)) -> Load {
+pub fn under_load(lab: &mut Lab, load: Load, mut change: impl FnMut(&mut Lab, u64)) -> Load {
     let [to, _] = lab.addresses("b");
     let mut streams: Vec<Stream> = (0..STREAMS).map(|_| lab.stream("a", "b", 22)).collect();
     let namespace = lab.world.namespace("a").handle();
@@ -192,7 +197,7 @@ fn restarts_and_flips_lose_nothing_and_let_nothing_through() {
 #[test]
 fn an_upgrade_to_another_layout_cuts_no_connection() {
     let mut lab = lab();
-    let load = Load { speaks_again: true, ..Load::default() };
+    let load = Load::that_speaks_again();
     under_load(&mut lab, load, |lab, _| {
         lab.agent.kill();
         let pins = lab.agent.bpffs().to_owned();

@@ -1,11 +1,11 @@
 //! What the agent says (`status`, `explain`) against what is so.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpStream};
+use std::net::{Ipv4Addr, TcpStream, UdpSocket};
 
-use tests::e2e::Lab;
+use tests::e2e::{Lab, Paused, output, said as said_by, wait_for};
 
-use crate::try_all;
+use crate::{try_all, vanish};
 
 #[test]
 fn explain_says_what_happens() {
@@ -30,7 +30,7 @@ fn explain_says_what_happens() {
             // An address has no gate of its own; an instance has.
             let sender = format!("i-{from}");
             let allowed = gate(&["--to", "i-b", "--from", &address])
-                && (from == "outside" || gate(&["--egress", "--to", &sender, "--from", &peer]));
+                && (from == "outside" || gate(&["--egress", "--from", &sender, "--to", &peer]));
             said.push((attempts[family].clone(), allowed));
         }
     }
@@ -50,6 +50,21 @@ fn explain_names_the_rule_or_the_nearest_miss() {
     let gate = &said["gates"][0];
     assert!(allowed, "{said:#}");
     assert_eq!((&gate["rule"]["group"], &gate["rule"]["peer"]), (&"sg-b".into(), &"10.0.1.10/32".into()), "{said:#}");
+    let (allowed, said) =
+        lab.agent.explain(&["--from", "i-a", "--to", "203.0.113.9", "--port", "53", "--proto", "udp"]);
+    assert!(allowed && said["gates"][0]["direction"] == "egress" && said["gates"][0]["instance"] == "i-a", "{said:#}");
+    for (ends, words) in [
+        (["--from", "10.0.1.10", "--to", "i-b", "--egress"].as_slice(), "name that by --from"),
+        (&["--from", "i-a", "--to", "i-b", "--egress"], "leave --egress out"),
+        (&["--from", "10.0.1.10", "--to", "10.0.1.11"], "neither --from nor --to is an instance"),
+    ] {
+        let refused = output(lab.agent.command().arg("explain").args(ends).args(["--port", "22"]));
+        assert!(
+            refused.status.code() == Some(2) && said_by(&refused).contains(words),
+            "{ends:?}: {}",
+            said_by(&refused)
+        );
+    }
     let (allowed, said) = lab.agent.explain(&["--to", "i-b", "--from", "203.0.113.9", "--port", "22"]);
     let gate = &said["gates"][0];
     assert!(!allowed, "{said:#}");
@@ -146,4 +161,30 @@ fn the_metrics_count_what_the_status_counts() {
         assert!(packets("\"new\"") >= 1.0 && packets("\"no_rule\"") >= 1.0);
         assert!(scrape("/").starts_with("HTTP/1.1 404 "));
     });
+}
+
+/// The agent stands still while more is dropped than its log has room for: what it can't tell of it counts.
+#[test]
+fn lines_of_the_drop_log_that_are_lost_are_counted() {
+    const DATAGRAMS: u64 = 5_000;
+    let mut lab = Lab::with(&["a", "b"]).arguments(&["--log-drops"]).start();
+    lab.serve("b", &[5000]);
+    let [to, _] = lab.addresses("b");
+    vanish(lab.udp("a", "b", 5000).into_iter().take(1));
+    let lines = |lab: &Lab| lab.agent.log().matches("ingress dropped: no_rule").count() as u64;
+    let lost = |lab: &Lab| lab.agent.status()["lost_log_lines"].as_u64().expect("a number");
+    assert_eq!(lost(&lab), 0, "so few are all told");
+    let paused = Paused::agent(&lab.agent);
+    lab.world.namespace("a").run(|| {
+        let socket = UdpSocket::bind("0.0.0.0:0").expect("a socket");
+        for _ in 0..DATAGRAMS {
+            socket.send_to(b"x", (to, 5000)).expect("sending can't fail");
+        }
+    });
+    drop(paused);
+    wait_for("all are told or counted", || {
+        let dropped = lab.agent.packets("i-b", "ingress", "no_rule");
+        (dropped >= DATAGRAMS && lines(&lab) + lost(&lab) == dropped).then_some(())
+    });
+    assert!(lost(&lab) > 0 && lines(&lab) > 100, "{} lost, {} told", lost(&lab), lines(&lab));
 }

@@ -10,7 +10,7 @@ use tests::e2e::{Lab, binary, output, run, said};
 use crate::{pass, vanish};
 
 /// CAP_NET_BIND_SERVICE, CAP_NET_BROADCAST, CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF.
-const KEPT: u64 = 1 << 10 | 1 << 11 | 1 << 12 | 1 << 19 | 1 << 21 | 1 << 38 | 1 << 39;
+pub const KEPT: u64 = 1 << 10 | 1 << 11 | 1 << 12 | 1 << 19 | 1 << 21 | 1 << 38 | 1 << 39;
 
 #[test]
 fn every_thread_has_what_it_needs_and_no_more() {
@@ -96,7 +96,10 @@ fn names_cannot_steer_a_terminal_or_the_log() {
     let explain = output(lab.agent.command().args(["explain", "--to", "i-a", "--from", "10.0.1.1", "--port", "22"]));
     let unknown =
         output(lab.agent.command().args(["explain", "--to", "i-\u{1b}[2J", "--from", "10.0.1.1", "--port", "22"]));
-    let texts = [&status, &explain, &unknown]
+    let json = output(lab.agent.command().args(["status", "--json"]));
+    let read: serde_json::Value = serde_json::from_slice(&json.stdout).expect("JSON, whatever the names");
+    assert!(read.to_string().contains("fake line\u{9b}31m"), "names are as they were: {read:#}");
+    let texts = [&status, &explain, &unknown, &json]
         .map(|output| String::from_utf8_lossy(&output.stdout).into_owned() + &said(output));
     assert!(texts[0].contains("\\u{1b}[2J"), "the name is shown, escaped: {}", texts[0]);
     for text in texts.iter().chain([&lab.agent.log()]) {

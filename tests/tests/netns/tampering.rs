@@ -1,18 +1,16 @@
 //! Somebody with root's powers takes enforcement apart behind the agent's back: it notices, puts it right and says so.
 
 use std::fs;
-use std::path::Path;
+use std::time::{Duration, Instant};
 
 use aya::maps::{Array, HashMap, MapData};
 use aya::programs::{SchedClassifier, tc::TcAttachType};
 use aya::util::KernelVersion;
 use nix::net::if_::if_nametoindex;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::Value;
 use sg_common::abi::{Binding, Interface};
 use tests::bpf::{hash, maps_of, open_program, put_before, sever};
-use tests::e2e::{Lab, run, wait_for};
+use tests::e2e::{Lab, Paused, run, wait_for};
 
 use crate::{pass, vanish};
 
@@ -29,36 +27,6 @@ fn lab() -> Lab {
 fn enforced(lab: &Lab) {
     pass(lab.tcp("a", "b", 22));
     vanish(lab.tcp("a", "b", 23));
-}
-
-/// Keeps the agent from looking while something is taken apart, however that goes.
-struct Paused(Pid);
-
-impl Paused {
-    fn agent(lab: &Lab) -> Self {
-        let agent = Pid::from_raw(i32::try_from(lab.agent.pid()).expect("a pid"));
-        kill(agent, Signal::SIGSTOP).expect("the agent runs");
-        let paused = Self(agent);
-        // A thread that is in the kernel stops when it comes back.
-        let tasks = format!("/proc/{agent}/task");
-        wait_for("the agent stands still", || {
-            let mut threads = fs::read_dir(&tasks).expect("the agent's threads").flatten();
-            threads.all(|thread| is_stopped(&thread.path())).then_some(())
-        });
-        paused
-    }
-}
-
-/// Whether a thread, by its directory in /proc, is (proc_pid_stat(5): its state comes after its name in brackets).
-fn is_stopped(thread: &Path) -> bool {
-    let stat = fs::read_to_string(thread.join("stat")).unwrap_or_default();
-    stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
-}
-
-impl Drop for Paused {
-    fn drop(&mut self) {
-        let _ = kill(self.0, Signal::SIGCONT);
-    }
 }
 
 /// The programs on one side of a link, the first to decide first.
@@ -81,7 +49,7 @@ fn repairs(status: &Value, kind: &str) -> u64 {
 
 /// Waits until the agent has put something of this kind right, and says so as a warning, too.
 #[track_caller]
-fn repaired(lab: &Lab, kind: &str, least: u64) {
+pub fn repaired(lab: &Lab, kind: &str, least: u64) {
     let status = wait_for(&format!("{least} {kind}"), || {
         let status = lab.agent.status();
         (repairs(&status, kind) >= least).then_some(status)
@@ -94,7 +62,7 @@ fn repaired(lab: &Lab, kind: &str, least: u64) {
 #[ignore = "needs TCX (Linux 6.6 or later): links and their programs are asked for by it"]
 fn severed_links_come_back() {
     let lab = lab();
-    let paused = Paused::agent(&lab);
+    let paused = Paused::agent(&lab.agent);
     assert_eq!(sever(&ours(&lab, "veth-b")), 4, "two programs on each of two links");
     drop(paused);
     repaired(&lab, "program_detached", 4);
@@ -111,7 +79,7 @@ fn severed_links_come_back() {
 fn a_program_that_decides_first_is_put_behind() {
     let lab = lab();
     let [ingress, egress] = ours(&lab, "veth-b");
-    let paused = Paused::agent(&lab);
+    let paused = Paused::agent(&lab.agent);
     let links = lab.world.host.run(|| {
         let ifindex = if_nametoindex("veth-b").expect("B's link");
         [true, false].map(|is_ingress| put_before(open_program(), ifindex, is_ingress))
@@ -131,7 +99,7 @@ fn a_program_that_decides_first_is_put_behind() {
 #[ignore = "needs TCX (Linux 6.6 or later): links and their programs are asked for by it"]
 fn pins_that_are_removed_are_made_again() {
     let mut lab = lab();
-    let paused = Paused::agent(&lab);
+    let paused = Paused::agent(&lab.agent);
     fs::remove_dir_all(lab.agent.bpffs().join("links")).expect("pins that can be removed");
     drop(paused);
     repaired(&lab, "program_unpinned", 4);
@@ -150,7 +118,7 @@ fn maps_that_are_written_to_are_put_right() {
     let mut bindings: Array<MapData, Binding> = aya::maps::Map::Array(map).try_into().expect("an array");
     // All of it is seen by one look, or the next wait would be over before its own alterations are.
     let alter = |change: &mut dyn FnMut()| {
-        let (before, paused) = (repairs(&lab.agent.status(), "map_altered"), Paused::agent(&lab));
+        let (before, paused) = (repairs(&lab.agent.status(), "map_altered"), Paused::agent(&lab.agent));
         change();
         drop(paused);
         repaired(&lab, "map_altered", before + 1);
@@ -195,4 +163,28 @@ fn a_qdisc_that_is_replaced_takes_nothing_along() {
         repaired(&lab, "program_detached", 1);
     }
     enforced(&lab);
+}
+
+#[test]
+#[ignore = "needs TCX (Linux 6.6 or later): links and their programs are asked for by it"]
+fn it_is_put_right_within_a_second() {
+    let lab = lab();
+    let ours = ours(&lab, "veth-b");
+    let mut times: Vec<Duration> = (0..5)
+        .map(|_| {
+            let began = Instant::now();
+            assert_eq!(sever(&ours), 4);
+            let hooks = ["veth-a", "veth-b"]
+                .into_iter()
+                .flat_map(|link| [TcAttachType::Ingress, TcAttachType::Egress].map(|side| (link, side)));
+            let is_there = |(link, side)| programs(&lab, link, side).first().is_some_and(|id| ours.contains(id));
+            wait_for("all four are back", || hooks.clone().all(is_there).then_some(()));
+            began.elapsed()
+        })
+        .collect();
+    times.sort_unstable();
+    println!("{times:?}");
+    // The machine may be busy with something else now and then.
+    assert!(times[2] < Duration::from_secs(1), "{times:?}");
+    repaired(&lab, "program_detached", 20);
 }

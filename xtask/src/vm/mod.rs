@@ -27,7 +27,21 @@ const FIRMWARE: (&str, &str) = ("/usr/share/seabios/bios-256k.bin", "seabios");
 
 /// What the tests need and Debian's kernels have as modules, each after those that it depends on. One that a kernel
 /// has built in isn't there as a file.
-const MODULES: [&str; 9] = ["llc", "stp", "bridge", "veth", "dummy", "sch_ingress", "cls_bpf", "inet_diag", "tcp_diag"];
+const MODULES: [&str; 13] = [
+    "llc",
+    "stp",
+    "bridge",
+    "veth",
+    "dummy",
+    "sch_ingress",
+    "cls_bpf",
+    "inet_diag",
+    "tcp_diag",
+    "nfnetlink",
+    "libcrc32c",
+    "nf_tables",
+    "nft_meta_bridge",
+];
 
 /// A kernel, unpacked.
 struct Kernel {

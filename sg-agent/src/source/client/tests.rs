@@ -157,3 +157,8 @@ async fn who_never_answers_is_given_up() {
     assert!(matches!(error, SourceError::Unreachable { .. }), "{error}");
     assert!(error.to_string().contains("timed out"), "{error}");
 }
+
+#[tokio::test]
+async fn user_and_password_are_not_shown() {
+    assert_eq!(client("http://me:secret@127.0.0.1:5000/").url(), "http://127.0.0.1:5000/");
+}
