@@ -193,6 +193,20 @@ pub fn load_program(instructions: &[Insn]) -> io::Result<OwnedFd> {
     })
 }
 
+/// A program that is loaded already.
+///
+/// # Errors
+/// The kernel's.
+pub fn program_by_id(id: u32) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct ById {
+        id: u32,
+        next: u32,
+        flags: u32,
+    }
+    bpf(13, &mut ById { id, next: 0, flags: 0 }).map(owned)
+}
+
 /// The part of `union bpf_attr` for BPF_PROG_TEST_RUN.
 #[repr(C)]
 #[derive(Default)]

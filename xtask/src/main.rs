@@ -45,7 +45,7 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Measure everything beside its peers, and write a report (target/bench)
     Bench(bench::Options),
-    /// Restart the agent and flip its rules under load, as often as wanted (root)
+    /// Test for as long as wanted: restarts and flips under load, or faults everywhere (--minutes; root)
     Soak(soak::Options),
     /// Play a session with the AWS CLI, Docker and SSH, and check every outcome
     Demo,

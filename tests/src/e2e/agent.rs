@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::namespace::{command_in, ends_with_this_thread};
+use super::seams::{self, Seams};
 use super::{Namespace, PATIENCE, output, unique, wait_for};
 
 /// How long `status --wait` waits, in seconds.
@@ -31,6 +32,9 @@ pub struct Agent {
     child: Option<Child>,
     /// How long the log was when it was last started.
     began: usize,
+    seams: Option<Seams>,
+    /// By how many seconds its monotonic clock is ahead.
+    ahead: i64,
 }
 
 impl Agent {
@@ -55,6 +59,8 @@ impl Agent {
             environment: Vec::new(),
             child: None,
             began: 0,
+            seams: None,
+            ahead: 0,
         }
     }
 
@@ -73,6 +79,17 @@ impl Agent {
     /// A variable of its environment.
     pub fn environment(&mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> &mut Self {
         self.environment.push((name.as_ref().to_owned(), value.as_ref().to_owned()));
+        self
+    }
+
+    /// From its next start on, the test decides what becomes of its system calls. How is told by what is returned.
+    pub fn seams(&mut self) -> Seams {
+        self.seams.get_or_insert_default().clone()
+    }
+
+    /// From its next start on, its monotonic clock is so many seconds ahead of the machine's.
+    pub fn set_ahead(&mut self, seconds: i64) -> &mut Self {
+        self.ahead = seconds;
         self
     }
 
@@ -124,8 +141,16 @@ impl Agent {
         let mut command = self.command();
         command.arg("run").args(&self.arguments).stdout(log).stderr(again);
         ends_with_this_thread(&mut command);
+        if self.ahead != 0 {
+            seams::shift_monotonic(&mut command, self.ahead);
+        }
+        let pending = self.seams.as_ref().map(|seams| seams.install(&mut command));
         let child = command.spawn().unwrap_or_else(|error| panic!("cannot start {}: {error}", self.binary.display()));
+        let pid = child.id();
         self.child = Some(child);
+        if let Some(pending) = pending {
+            pending.started(pid);
+        }
         self
     }
 

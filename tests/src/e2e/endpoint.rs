@@ -43,6 +43,8 @@ enum Mood {
     Delay(SocketAddr, Duration),
     /// Passes on requests with these words in them; takes all others, and says nothing or hangs up.
     Only { words: String, upstream: SocketAddr, hangs: bool },
+    /// Passes it on, and hangs up in the middle of the answer.
+    Cut(SocketAddr),
     /// Hangs up.
     HangUp,
     /// Ends.
@@ -55,7 +57,15 @@ impl Endpoint {
     /// # Panics
     /// When no port is free.
     pub fn start(namespace: Option<&Namespace>) -> Self {
-        let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        Self::start_at(namespace, 0)
+    }
+
+    /// Listens at this port, which an earlier one may have had.
+    ///
+    /// # Panics
+    /// When somebody has it.
+    pub fn start_at(namespace: Option<&Namespace>, port: u16) -> Self {
+        let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("a free port");
         let listener = namespace.map_or_else(bind, |namespace| namespace.run(bind));
         let address = listener.local_addr().expect("a listener has an address");
         let told = Arc::new(Told {
@@ -66,6 +76,11 @@ impl Endpoint {
         let (again, listens) = (listener.try_clone().expect("one more open file"), Arc::clone(&told));
         let thread = Some(thread::spawn(move || listen(&again, &listens)));
         Self { address, listener, told, thread }
+    }
+
+    /// Its port.
+    pub fn port(&self) -> u16 {
+        self.address.port()
     }
 
     /// Its URL.
@@ -102,6 +117,11 @@ impl Endpoint {
     /// From now on, passes everything on after a while.
     pub fn delay(&self, upstream: SocketAddr, by: Duration) {
         self.told.set(Mood::Delay(upstream, by));
+    }
+
+    /// From now on, passes everything on, and hangs up in the middle of each answer.
+    pub fn cut(&self, upstream: SocketAddr) {
+        self.told.set(Mood::Cut(upstream));
     }
 
     /// From now on, hangs up without an answer.
@@ -180,6 +200,7 @@ fn serve(stream: TcpStream, told: &Arc<Told>) -> std::io::Result<()> {
             thread::sleep(by);
             forward(stream, upstream)
         }
+        Mood::Cut(upstream) => cut(stream, upstream),
         Mood::HangUp => reply(stream, |_| String::new()),
         Mood::Answer(head, body) => reply(stream, |request| {
             let body = body.replace("{action}", action(request));
@@ -234,6 +255,21 @@ fn only(mut client: TcpStream, words: &str, upstream: SocketAddr) -> std::io::Re
     server.write_all(&request)?;
     std::io::copy(&mut server, &mut client)?;
     Ok(None)
+}
+
+fn cut(mut client: TcpStream, upstream: SocketAddr) -> std::io::Result<()> {
+    let request = read(&mut client)?;
+    let (mut server, mut answer) = (TcpStream::connect(upstream)?, Vec::new());
+    server.write_all(&request)?;
+    server.set_read_timeout(Some(PATIENCE))?;
+    let mut buffer = [0; 4096];
+    while !is_whole(&answer) {
+        match server.read(&mut buffer)? {
+            0 => break,
+            length => answer.extend_from_slice(&buffer[..length]),
+        }
+    }
+    client.write_all(&answer[..answer.len() / 2])
 }
 
 fn is_whole(request: &[u8]) -> bool {

@@ -32,10 +32,19 @@ impl Engine {
     /// When it doesn't start.
     #[track_caller]
     pub fn new(image: &str) -> Self {
+        Self::within(Namespace::new("engine"), &[], image)
+    }
+
+    /// The same in this namespace, and with these arguments for dockerd.
+    ///
+    /// # Panics
+    /// When it doesn't start.
+    #[track_caller]
+    pub fn within(namespace: Namespace, more: &[&str], image: &str) -> Self {
         let directory = std::env::temp_dir().join(unique());
         std::fs::create_dir_all(&directory).expect("a new directory");
-        let mut engine = Self { namespace: Namespace::new("engine"), directory, dockerd: None };
-        engine.start(&[]);
+        let mut engine = Self { namespace, directory, dockerd: None };
+        engine.start(more);
         let mut save = docker();
         let mut save = save.args(["save", image]).stdout(Stdio::piped()).spawn().expect("docker in the PATH");
         let archive = save.stdout.take().expect("a pipe was asked for");
@@ -46,7 +55,12 @@ impl Engine {
 
     /// Its address, for `DOCKER_HOST`.
     pub fn host(&self) -> String {
-        format!("unix://{}/docker.sock", self.directory.display())
+        format!("unix://{}", self.socket().display())
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.join("docker.sock")
     }
 
     /// A `docker` command line for it.

@@ -12,6 +12,7 @@ mod namespace;
 mod paused;
 mod probe;
 mod rules;
+pub mod seams;
 mod server;
 mod socket;
 mod ssh;
@@ -36,7 +37,7 @@ pub use paused::Paused;
 pub use probe::{Attempt, PATIENCE, SILENCE, Stream};
 pub use rules::Rules;
 pub use server::Server;
-pub use socket::{DockerSocket, engine};
+pub use socket::{DockerSocket, Manner, engine};
 pub use ssh::ssh;
 pub use world::{Instance, World};
 

@@ -10,6 +10,17 @@ use std::thread::{self, JoinHandle};
 
 use nix::sys::socket::{Shutdown as Both, shutdown};
 
+/// What a socket does with who comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// Lets everything through.
+    Open,
+    /// Lets everything through but the question for events, which is never answered.
+    NoEvents,
+    /// Takes every question, and never answers.
+    Hangs,
+}
+
 /// A socket in front of the engine's. Once dropped, whoever comes by it finds nobody.
 #[derive(Debug)]
 pub struct DockerSocket {
@@ -25,7 +36,7 @@ impl DockerSocket {
     /// # Panics
     /// When that can't be done.
     pub fn listen(path: &Path) -> Self {
-        Self::listen_and(path, false)
+        Self::before(&engine(), path, Manner::Open)
     }
 
     /// Listens at `path`, and lets everything through but the question for events, which is never answered.
@@ -33,20 +44,25 @@ impl DockerSocket {
     /// # Panics
     /// When that can't be done.
     pub fn without_events(path: &Path) -> Self {
-        Self::listen_and(path, true)
+        Self::before(&engine(), path, Manner::NoEvents)
     }
 
-    fn listen_and(path: &Path, mute: bool) -> Self {
+    /// Listens at `path` before the engine whose socket is `engine`.
+    ///
+    /// # Panics
+    /// When that can't be done.
+    pub fn before(engine: &Path, path: &Path, manner: Manner) -> Self {
         let listener = match UnixListener::bind(path) {
             Ok(listener) => listener,
             Err(error) => panic!("{}: {error}", path.display()),
         };
         let open = Arc::new(Mutex::new(Vec::new()));
         let (again, kept) = (listener.try_clone().expect("one more open file"), Arc::clone(&open));
+        let engine = engine.to_owned();
         let thread = thread::spawn(move || {
             while let Ok((client, _)) = again.accept() {
                 // A client that finds no engine sees the connection end.
-                let _ = connect(client, &kept, mute);
+                let _ = connect(client, &engine, &kept, manner);
             }
         });
         Self { path: path.to_owned(), listener, open, thread: Some(thread) }
@@ -99,12 +115,19 @@ fn copy_all_but_events(from: &mut UnixStream, to: &mut UnixStream) -> io::Result
     }
 }
 
-fn connect(client: UnixStream, open: &Mutex<Vec<UnixStream>>, mute: bool) -> io::Result<()> {
-    let server = UnixStream::connect(engine())?;
+fn connect(client: UnixStream, engine: &Path, open: &Mutex<Vec<UnixStream>>, manner: Manner) -> io::Result<()> {
+    if manner == Manner::Hangs {
+        open.lock().unwrap_or_else(PoisonError::into_inner).push(client);
+        return Ok(());
+    }
+    let server = UnixStream::connect(engine)?;
     open.lock().unwrap_or_else(PoisonError::into_inner).extend([client.try_clone()?, server.try_clone()?]);
     let (mut asked, mut asks) = (client.try_clone()?, server.try_clone()?);
     thread::spawn(move || {
-        let _ = if mute { copy_all_but_events(&mut asked, &mut asks) } else { io::copy(&mut asked, &mut asks) };
+        let _ = match manner {
+            Manner::NoEvents => copy_all_but_events(&mut asked, &mut asks),
+            _ => io::copy(&mut asked, &mut asks),
+        };
         let _ = asks.shutdown(Shutdown::Write);
     });
     let (mut answers, mut answered) = (server, client);
