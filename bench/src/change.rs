@@ -42,6 +42,9 @@ type Change = fn(&mut Inventory, usize);
 pub fn run(recorder: &Recorder) -> Result<()> {
     let (one, _) = isolated(|| sized(recorder, 1))?;
     isolated(|| sized(recorder, 100))?;
+    if recorder.quick {
+        return Ok(());
+    }
     let (many, more) = isolated(|| sized(recorder, 1_000))?;
     for (number, (what, _)) in CHANGES.iter().enumerate().filter(|(_, (what, _))| *what != "nothing") {
         let compare = |of: &Own, by: &Own, sizes: &str| {
