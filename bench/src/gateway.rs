@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ::tests::e2e::{Agent, Moto, World};
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 
 use crate::record::{Bound, Recorder, median};
 use crate::world::{self, Random};
