@@ -188,7 +188,7 @@ fn member(group: &GroupId, kind: &str, number: usize, network: u8) -> Eni {
 fn other_groups(inventory: &mut Inventory, round: usize) {
     let more = world::group("sg-more");
     if let Some(eni) = inventory.enis.get_mut(&EniId::from("eni-0"))
-        && (round % 2 == 0 || !eni.groups.remove(&more.id))
+        && (round.is_multiple_of(2) || !eni.groups.remove(&more.id))
     {
         eni.groups.insert(more.id.clone());
     }

@@ -72,8 +72,11 @@ pub fn run(recorder: &Recorder) -> Result<()> {
     Ok(())
 }
 
+/// One of the figures.
+type Part = fn(&Taken) -> f64;
+
 impl Taken {
-    const PARTS: [(&'static str, fn(&Self) -> f64); 4] = [
+    const PARTS: [(&'static str, Part); 4] = [
         ("agent, resident", |taken| taken.resident),
         ("agent, heap and stacks", |taken| taken.own),
         ("maps, locked", |taken| taken.maps),

@@ -14,7 +14,7 @@ use crate::addr::Address;
 
 /// The version of everything in this module and those below it. Bump it with every change of a type, a map or a number's
 /// meaning.
-pub const LAYOUT: u32 = if ANOTHER { 1_000 } else { 4 };
+pub const LAYOUT: u32 = if ANOTHER { 1_000 } else { 5 };
 /// See the feature: some maps have other sizes then, and programs that use them other instructions.
 const ANOTHER: bool = cfg!(feature = "another-layout");
 

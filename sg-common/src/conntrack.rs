@@ -89,14 +89,14 @@ impl FlowKey {
             Direction::Ingress => (packet.destination, packet.source, destination_port, source_port),
         };
         Some(Self {
-            eni,
-            local,
-            remote,
-            local_port,
-            remote_port,
+            // `MAX_INTERFACES` fit.
+            eni: eni as u16,
             protocol: packet.protocol,
             asker: asker as u8,
-            pad: [0; 2],
+            local_port,
+            remote_port,
+            local,
+            remote,
         })
     }
 }

@@ -27,11 +27,11 @@ pub trait Memory {
         Self: 'a;
     /// The flow's entry, if there is one.
     fn flow(&self, key: &FlowKey) -> Option<Self::Entry<'_>>;
-    /// Adds a flow. An entry that another CPU added meanwhile stands.
+    /// Adds a flow, unless there is an entry already, which is what it returns then.
     ///
     /// # Errors
     /// [`Full`] at the table's limit.
-    fn add_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), Full>;
+    fn add_flow(&self, key: &FlowKey, flow: &Flow) -> Result<Option<Self::Entry<'_>>, Full>;
     /// Removes a flow.
     fn remove_flow(&self, key: &FlowKey);
     /// Remembers a first fragment that passed.
@@ -85,7 +85,7 @@ pub fn judge<M: Tables + Memory>(
         config,
         world: read_once(&config.world),
         groups: maps.binding(interface.groups),
-        acl: maps.binding(interface.acl),
+        acl: if interface.acl == 0 { Binding::default() } else { maps.binding(interface.acl) },
         now: maps.now(),
     };
     let verdict = crossing.track(maps, frame, mark);
@@ -427,14 +427,14 @@ impl Crossing<'_> {
         flow.groups = self.groups.epoch;
         flow.acl = self.acl.epoch;
         flow.world = self.world;
-        if let Some(mut old) = maps.flow(key) {
-            if old.is_expired(self.config, self.now) || old.is_closing() {
-                *old = flow;
-            }
-            return Ok(admission.pass);
-        }
         match maps.add_flow(key, &flow) {
-            Ok(()) => Ok(admission.pass),
+            Ok(None) => Ok(admission.pass),
+            Ok(Some(mut old)) => {
+                if old.is_expired(self.config, self.now) || old.is_closing() {
+                    *old = flow;
+                }
+                Ok(admission.pass)
+            }
             // What nothing filters isn't filtered by a full table either; it only isn't remembered.
             Err(Full) if admission.pass == Pass::Exempt => Ok(Pass::Exempt),
             Err(Full) => Err(Drop::ConntrackFull),

@@ -3,6 +3,10 @@
 //! Whatever can't be read is a named [`Drop`], never a default. The parser is generic over [`Frame`], so that the
 //! programs bring packet pointers (`sg-ebpf/src/packet.rs`) and tests and fuzzers a slice.
 
+mod plain;
+
+pub use plain::plain_headers;
+
 use crate::addr::Address;
 use crate::verdict::Drop;
 
@@ -113,8 +117,8 @@ pub enum Part {
     Rest,
 }
 
-/// An IP packet: what rules and flows are matched on.
-#[repr(C)]
+/// An IP packet: what rules and flows are matched on. Aligned so that an address is stored in two words.
+#[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Packet {
     /// Where it comes from.
@@ -201,19 +205,29 @@ impl Packet {
 /// The [`Drop`] that names what is wrong with it.
 #[inline(always)]
 pub fn ip(frame: &impl Frame, ethernet: &Ethernet) -> Result<Packet, Drop> {
-    let mut packet = network(frame, ethernet)?;
-    if packet.source.is_loopback()
-        || packet.destination.is_loopback()
-        || packet.source.is_multicast()
-        || packet.source == Address::v4([255; 4])
-        || (ethernet.ethertype == IPV6 && (packet.source.is_v4() || packet.destination.is_v4()))
-    {
-        return Err(Drop::Martian);
-    }
+    // Each family by itself: the compiler then leaves out what the other one is asked.
+    let mut packet = if ethernet.ethertype == IPV4 {
+        let packet = ipv4(frame, ETHERNET)?;
+        if is_martian(&packet) || packet.source == Address::v4([255; 4]) {
+            return Err(Drop::Martian);
+        }
+        packet
+    } else {
+        let packet = ipv6(frame, ETHERNET)?;
+        if packet.source.is_v4() || packet.destination.is_v4() || is_martian(&packet) {
+            return Err(Drop::Martian);
+        }
+        packet
+    };
     if packet.part != Part::Rest {
         transport(frame, &mut packet)?;
     }
     Ok(packet)
+}
+
+#[inline(always)]
+fn is_martian(packet: &Packet) -> bool {
+    packet.source.is_loopback() || packet.destination.is_loopback() || packet.source.is_multicast()
 }
 
 /// The same of a packet that arrives at this host, where loopback addresses are none of our business: whole packets
@@ -223,7 +237,7 @@ pub fn ip(frame: &impl Frame, ethernet: &Ethernet) -> Result<Packet, Drop> {
 /// The [`Drop`] that names what is wrong with it.
 #[inline(always)]
 pub fn ip_to_host(frame: &impl Frame, ethernet: &Ethernet) -> Result<Packet, Drop> {
-    let mut packet = network(frame, ethernet)?;
+    let mut packet = if ethernet.ethertype == IPV4 { ipv4(frame, ETHERNET)? } else { ipv6(frame, ETHERNET)? };
     if ethernet.ethertype == IPV6 && (packet.source.is_v4() || packet.destination.is_v4()) {
         return Err(Drop::Martian);
     }
@@ -232,11 +246,6 @@ pub fn ip_to_host(frame: &impl Frame, ethernet: &Ethernet) -> Result<Packet, Dro
     }
     transport(frame, &mut packet)?;
     Ok(packet)
-}
-
-#[inline(always)]
-fn network(frame: &impl Frame, ethernet: &Ethernet) -> Result<Packet, Drop> {
-    if ethernet.ethertype == IPV4 { ipv4(frame, ETHERNET) } else { ipv6(frame, ETHERNET) }
 }
 
 /// The IPv4 header at `start` (RFC 791).

@@ -1,5 +1,7 @@
 //! A packet's fate and its reason. The numbers are stable: counters, `--json` and metrics carry them.
 
+use crate::abi::USUAL_KINDS;
+
 /// What becomes of a packet, and why. It leaves the data path as a TC action in one place only.
 pub type Verdict = Result<Pass, Drop>;
 
@@ -111,9 +113,34 @@ pub const fn number(verdict: &Verdict) -> u8 {
     }
 }
 
+/// The verdicts that most packets meet, which are counted in an array: the others are looked up in a hash.
+pub const USUAL: [Verdict; USUAL_KINDS] =
+    [Ok(Pass::Established), Ok(Pass::New), Ok(Pass::Untracked), Err(Drop::NoRule)];
+
+/// Where in [`USUAL`] a verdict is.
+#[inline(always)]
+pub const fn usual(verdict: &Verdict) -> Option<usize> {
+    match verdict {
+        Ok(Pass::Established) => Some(0),
+        Ok(Pass::New) => Some(1),
+        Ok(Pass::Untracked) => Some(2),
+        Err(Drop::NoRule) => Some(3),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn usual_ones_are_where_they_are_said_to_be() {
+        for (place, verdict) in USUAL.iter().enumerate() {
+            assert_eq!(usual(verdict), Some(place));
+        }
+        let all = Pass::ALL.iter().map(|&pass| Ok(pass)).chain(Drop::ALL.iter().map(|&drop| Err(drop)));
+        assert_eq!(all.filter(|verdict: &Verdict| usual(verdict).is_some()).count(), USUAL.len());
+    }
 
     #[test]
     fn numbers_read_back_and_never_meet() {

@@ -19,6 +19,11 @@ use sg_common::reset::LENGTH6;
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 #[map]
 static INTERFACES: HashMap<u32, Interface> = HashMap::with_max_entries(MAX_INTERFACES, 0);
+/// Counts what the agent wrote to `INTERFACES`.
+#[map]
+static EDITION: Array<u64> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+#[map]
+static RECENT: PerCpuArray<Recent> = PerCpuArray::with_max_entries(RECENT_LINKS, 0);
 #[map]
 static BINDINGS: Array<Binding> = Array::with_max_entries(MAX_BINDINGS, BPF_F_MMAPABLE);
 #[map]
@@ -63,9 +68,9 @@ static ANSWER: PerCpuArray<[u8; LENGTH6]> = PerCpuArray::with_max_entries(1, 0);
 /// What was last read of a socket buffer on this CPU.
 #[map]
 static SKB_FIELDS: PerCpuArray<[u8; SKB_WINDOW]> = PerCpuArray::with_max_entries(1, 0);
-/// Packets of established flows, by `2 * eni + direction`: an array, because every one of them is counted.
+/// The verdicts that most packets meet, by `2 * eni + direction`.
 #[map]
-pub static ESTABLISHED: PerCpuArray<Count> = PerCpuArray::with_max_entries(2 * MAX_INTERFACES, 0);
+pub static USUAL: PerCpuArray<[Count; USUAL_KINDS]> = PerCpuArray::with_max_entries(2 * MAX_INTERFACES, 0);
 /// All other verdicts.
 #[map]
 pub static REASONS: PerCpuHashMap<ReasonKey, Count> = PerCpuHashMap::with_max_entries(MAX_COUNTERS, BPF_F_NO_PREALLOC);
@@ -128,7 +133,7 @@ unsafe extern "C" fn visit(map: *mut c_void, key: *mut c_void, flow: *mut c_void
         // SAFETY: deleting the entry that is being visited is allowed (kernel: `bpf_for_each_hash_elem`).
         let result = unsafe { bpf_map_delete_elem(map, key) };
         if result == 0 {
-            count_tracked(eni, -1);
+            count_tracked(eni.into(), -1);
         }
     } else {
         sweep.live += 1;
@@ -157,34 +162,62 @@ fn has_allowance(eni: u32) -> bool {
     }
 }
 
-/// Adds a flow's entry and counts it. One that another CPU added meanwhile stands, and is counted there.
+/// Adds a flow's entry and counts it, if there is room. One that is there already stands, and was counted then.
 #[inline(always)]
-fn track(key: &FlowKey, flow: &Flow) -> Result<(), Full> {
-    const EEXIST: i32 = -17;
-    if !has_allowance(key.eni) {
-        return Err(Full);
+fn track(key: &FlowKey, flow: &Flow) -> bool {
+    let is_added = has_allowance(key.eni.into()) && FLOWS.insert(key, flow, BPF_NOEXIST as u64).is_ok();
+    if is_added {
+        count_tracked(key.eni.into(), 1);
     }
-    match FLOWS.insert(key, flow, BPF_NOEXIST as u64) {
-        Ok(()) => {
-            count_tracked(key.eni, 1);
-            Ok(())
-        }
-        Err(error) if error as i32 == EEXIST => Ok(()),
-        Err(_) => Err(Full),
+    is_added
+}
+
+/// The interface whose host-side link has this index: as this CPU found it last, if the agent has written no entry since.
+/// The agent counts an edition up after each write and before it relies on it, so a copy is never used for longer than
+/// an entry that was looked up then would have been.
+#[inline(always)]
+pub fn interface(ifindex: u32) -> Option<&'static Interface> {
+    let edition = EDITION.get_ptr_mut(0)?;
+    let recent = RECENT.get_ptr_mut(ifindex % RECENT_LINKS)?;
+    // SAFETY: an aligned word of an array that is never freed while the program runs, which the agent stores whole; and
+    // this CPU's own entry of another one, which programs on one CPU don't interrupt each other at.
+    unsafe {
+        let is_current = (*recent).link == ifindex && (*recent).edition == edition.read_volatile();
+        if is_current || look_up(ifindex, edition, recent) { Some(&(*recent).interface) } else { None }
     }
 }
 
-/// The interface whose host-side link has this index.
+/// Keeps an interface's entry on this CPU, if there is one.
 ///
-/// Who may race: the agent, which replaces an entry while a program reads it. The kernel has the next entry that is written
-/// take its place at once, so worst of all the rest of what is read is another interface's: `judge` reads the number
-/// first, and believes no admission if it is another one after that; what the kernel copies first is changed first. It heals
-/// with the next packet; that one is dropped as `unknown_interface`. A flow is looked up by the number that was read
-/// first, and an own address that is another's denies.
-#[inline(always)]
-pub fn interface(ifindex: u32) -> Option<&'static Interface> {
+/// Who may race: the agent, which replaces an entry while it is copied. The kernel has the next entry that is written take
+/// its place at once, so worst of all the rest of the copy is another interface's: its number is read before and after,
+/// and what the kernel copies first is changed first. That packet is dropped as `unknown_interface`. Parts of two entries of
+/// one interface may be mixed; the agent counts an edition after each write, so the next packet finds the entry anew.
+///
+/// # Safety
+/// The pointers are those of `interface`.
+#[inline(never)]
+unsafe fn look_up(ifindex: u32, edition: *mut u64, recent: *mut Recent) -> bool {
+    // Nothing is read before it: on weakly ordered processors this instruction is a barrier.
+    let mut current = 0_u64;
+    // SAFETY: the caller's. Adding nothing leaves the word as the agent stored it.
+    unsafe {
+        asm!("{current} = atomic_fetch_add((u64 *)({word} + 0), {current})", word = in(reg) edition, current = inout(reg) current);
+    }
     // SAFETY: entries stay mapped for as long as the map is there, and every bit pattern is one.
-    unsafe { INTERFACES.get(ifindex) }
+    let Some(entry) = (unsafe { INTERFACES.get(ifindex) }) else { return false };
+    let number = || {
+        // SAFETY: a reference can be read.
+        unsafe { (&raw const entry.eni).read_volatile() }
+    };
+    let eni = number();
+    // SAFETY: the caller's; and as above.
+    unsafe {
+        (&raw mut (*recent).interface).write(core::ptr::from_ref(entry).read_volatile());
+        (*recent).edition = current;
+        (*recent).link = if number() == eni { ifindex } else { 0 };
+        (*recent).link == ifindex
+    }
 }
 
 /// The packet that was judged last on this CPU, if it was one.
@@ -343,13 +376,19 @@ impl Memory for Maps {
         FLOWS.get_ptr_mut(key).map(|flow| unsafe { &mut *flow })
     }
 
+    /// The entry is looked for only where adding it fails: most often it is new.
     #[inline(always)]
-    fn add_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), Full> {
-        match track(key, flow) {
-            // With an agent that sweeps this finds nothing; without one, the packets help themselves.
-            Err(Full) if sweep_if_due(flow.seen) => track(key, flow),
-            result => result,
+    fn add_flow(&self, key: &FlowKey, flow: &Flow) -> Result<Option<&mut Flow>, Full> {
+        if track(key, flow) {
+            return Ok(None);
         }
+        if let Some(old) = self.flow(key) {
+            return Ok(Some(old));
+        }
+        // With an agent that sweeps this finds nothing; without one, the packets help themselves. An entry that went
+        // between the two lines above leaves its room.
+        sweep_if_due(flow.seen);
+        if track(key, flow) { Ok(None) } else { Err(Full) }
     }
 
     #[inline(always)]
@@ -357,7 +396,7 @@ impl Memory for Maps {
         // Who may race: another CPU, which removes it too, or adds it anew by rules that allow it again. Worst: that one's
         // flow goes, and its next packet is judged by the rules, as its SYN is when it is sent again.
         if FLOWS.remove(key).is_ok() {
-            count_tracked(key.eni, -1);
+            count_tracked(key.eni.into(), -1);
         }
     }
 

@@ -5,7 +5,7 @@ use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use aya_ebpf::helpers::bpf_probe_read_kernel_buf;
 use aya_ebpf::programs::{TcContext, XdpContext};
 use sg_common::abi::{SKB_WINDOW, SkbLayout};
-use sg_common::packet::{Frame, ipv4_options};
+use sg_common::packet::{Frame, ipv4_options, plain_headers};
 use sg_common::verdict::Drop;
 
 use crate::maps;
@@ -63,11 +63,13 @@ impl SkbFrame<'_> {
     }
 
     /// Makes sure that the headers are in the linear part, if they aren't yet: drivers, and senders without copies,
-    /// may leave them in pages.
+    /// may leave them in pages. TCP of the kernel's own has its headers there and its data in pages; to pull at those
+    /// would copy the head of each packet, which the sender's queue shares (kernel: `skb_ensure_writable`).
     #[inline(always)]
     pub fn pull(&self) {
+        let linear = (self.0.data_end() - self.0.data()) as u32;
         let wanted = if self.len() < HEADERS { self.len() } else { HEADERS };
-        if self.0.data_end() - self.0.data() < wanted as usize {
+        if linear < wanted && plain_headers(self).is_none_or(|end| linear < end) {
             // On failure the parser finds the bytes missing, and the packet is dropped.
             let _ = self.0.pull_data(wanted);
         }
@@ -183,8 +185,43 @@ fn load<const N: usize>(data: usize, end: usize, offset: u32) -> Option<[u8; N]>
     if start + N > end {
         return None;
     }
-    // SAFETY: the N bytes from `start` lie before `end`, as was just checked; any bytes make an array of u8.
-    Some(unsafe { core::ptr::read_unaligned(start as *const [u8; N]) })
+    // SAFETY: the N bytes from `start` lie before `end`, as was just checked.
+    Some(unsafe { read(start) })
+}
+
+/// The `N` bytes from `start`, in as few loads as can be: the compiler, which takes the target for one that can't load from
+/// any address, would make one of each byte.
+///
+/// # Safety
+/// They are there.
+#[inline(always)]
+unsafe fn read<const N: usize>(start: usize) -> [u8; N] {
+    const { assert!(N <= 40) };
+    let mut bytes = [0; N];
+    /// One load, if the words before it have left so many bytes (`$of` at a time).
+    macro_rules! word {
+        ($size:literal, $type:ty, $of:expr, $($at:literal)+) => {
+            $(if $at + size_of::<$type>() <= N && N - $at < $of {
+                let word: u64;
+                // SAFETY: the caller's.
+                unsafe {
+                    core::arch::asm!(
+                        concat!("{word} = *(", $size, " *)({start} + {at})"),
+                        word = out(reg) word,
+                        start = in(reg) start,
+                        at = const $at,
+                        options(pure, readonly, nostack)
+                    );
+                }
+                bytes[$at..$at + size_of::<$type>()].copy_from_slice(&(word as $type).to_ne_bytes());
+            })+
+        };
+    }
+    word!("u64", u64, usize::MAX, 0 8 16 24 32);
+    word!("u32", u32, 8, 0 8 16 24 32);
+    word!("u16", u16, 4, 0 4 8 12 16 20 24 28 32 36);
+    word!("u8", u8, 2, 0 2 4 6 8 10 12 14 16 18 20 22 24 26 28 30 32 34 36 38);
+    bytes
 }
 
 /// The same value, about which the compiler knows nothing.

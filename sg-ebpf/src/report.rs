@@ -5,9 +5,9 @@ use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use aya_log_ebpf::macro_support::{AYA_LOGS, Level, level_enabled};
 use sg_common::abi::{Count, Direction, ReasonKey};
-use sg_common::verdict::{self, Pass, Verdict};
+use sg_common::verdict::{self, Verdict};
 
-use crate::maps::{DENIED, ESTABLISHED, LOST, REASONS};
+use crate::maps::{DENIED, LOST, REASONS, USUAL};
 
 /// The interface's number where it isn't known.
 pub const UNKNOWN: u32 = u32::MAX;
@@ -15,9 +15,10 @@ pub const UNKNOWN: u32 = u32::MAX;
 /// Counts a packet of `bytes` and its verdict.
 #[inline(always)]
 pub fn count(eni: u32, direction: Direction, verdict: &Verdict, bytes: u32) {
-    if let Ok(Pass::Established) = verdict {
-        if let Some(count) = ESTABLISHED.get_ptr_mut(2 * eni + direction as u32) {
-            add(count, bytes);
+    if let Some(kind) = verdict::usual(verdict) {
+        if let Some(counts) = USUAL.get_ptr_mut(2 * eni + direction as u32) {
+            // SAFETY: within the entry, which has one for each kind.
+            add(unsafe { counts.cast::<Count>().add(kind) }, bytes);
         }
         return;
     }

@@ -60,7 +60,7 @@ impl Reference {
     /// Forgets what interfaces that are gone left behind.
     pub fn forget(&self) {
         let enis: HashSet<u32> = self.interfaces.values().map(|interface| interface.eni).collect();
-        self.flows.borrow_mut().retain(|key, _| enis.contains(&key.eni));
+        self.flows.borrow_mut().retain(|key, _| enis.contains(&key.eni.into()));
         self.fragments.borrow_mut().retain(|slot, _| enis.contains(&slot.eni));
     }
 }
@@ -108,7 +108,10 @@ impl Memory for Reference {
         RefMut::filter_map(self.flows.borrow_mut(), |flows| flows.get_mut(key)).ok()
     }
 
-    fn add_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), Full> {
+    fn add_flow(&self, key: &FlowKey, flow: &Flow) -> Result<Option<RefMut<'_, Flow>>, Full> {
+        if let Some(old) = self.flow(key) {
+            return Ok(Some(old));
+        }
         let mut flows = self.flows.borrow_mut();
         let is_full = |flows: &HashMap<FlowKey, Flow>| {
             let its = flows.keys().filter(|flow| flow.eni == key.eni).count();
@@ -120,8 +123,8 @@ impl Memory for Reference {
                 return Err(Full);
             }
         }
-        flows.entry(*key).or_insert(*flow);
-        Ok(())
+        flows.insert(*key, *flow);
+        Ok(None)
     }
 
     fn remove_flow(&self, key: &FlowKey) {

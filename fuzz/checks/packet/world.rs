@@ -300,13 +300,16 @@ impl Memory for World {
         RefMut::filter_map(self.flows.borrow_mut(), |flows| flows.get_mut(key)).ok()
     }
 
-    fn add_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), Full> {
+    fn add_flow(&self, key: &FlowKey, flow: &Flow) -> Result<Option<RefMut<'_, Flow>>, Full> {
+        if let Some(old) = self.flow(key) {
+            return Ok(Some(old));
+        }
         let mut flows = self.flows.borrow_mut();
-        if self.has(FEW_FLOWS) && flows.len() >= 2 && !flows.contains_key(key) {
+        if self.has(FEW_FLOWS) && flows.len() >= 2 {
             return Err(Full);
         }
-        flows.entry(*key).or_insert(*flow);
-        Ok(())
+        flows.insert(*key, *flow);
+        Ok(None)
     }
 
     fn remove_flow(&self, key: &FlowKey) {

@@ -111,6 +111,8 @@ impl Applier {
             self.maps.set_config(&self.config)?;
             repairs.push(altered("CONFIG"));
         }
+        // What a CPU keeps of the interfaces' entries is in no map that is read here: it is taken anew instead.
+        self.maps.interfaces.renew();
         let mut found = false;
         for slot in 0..abi::MAX_BINDINGS {
             let word = bindings::word(self.tables.bindings.get(&slot).copied().unwrap_or_default());

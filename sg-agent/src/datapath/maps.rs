@@ -6,11 +6,12 @@ use std::ops::Range;
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, IterableMap as _, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use sg_common::abi::{
-    self, Config, Count, Direction, ExemptKey, Flow, FlowKey, Fragment, FragmentSlot, Interface, LINE_WORDS, Member,
-    MemberKey, OwnKey, Policy, PublishedKey, PublishedPort, ReasonKey, ReferenceKey,
+    self, Config, Count, Direction, ExemptKey, Flow, FlowKey, Fragment, FragmentSlot, LINE_WORDS, Member, MemberKey,
+    OwnKey, Policy, PublishedKey, PublishedPort, ReasonKey, ReferenceKey, USUAL_KINDS,
 };
-use sg_common::verdict::Pass;
+use sg_common::verdict;
 
+use super::interfaces::Interfaces;
 use super::mapped::MappedWords;
 use super::{DatapathError, sys};
 
@@ -20,7 +21,7 @@ pub struct Maps {
     pub writes: u64,
     config: Array<MapData, Config>,
     /// Attached interfaces, by link index.
-    pub interfaces: HashMap<MapData, u32, Interface>,
+    pub interfaces: Interfaces,
     /// Policies in force; see [`abi::Binding`].
     pub bindings: MappedWords,
     /// The map behind `bindings`.
@@ -47,7 +48,7 @@ pub struct Maps {
     pub flows: HashMap<MapData, FlowKey, Flow>,
     fragments: HashMap<MapData, FragmentSlot, Fragment>,
     tracked: Array<MapData, i64>,
-    established: PerCpuArray<MapData, Count>,
+    usual: PerCpuArray<MapData, [Count; USUAL_KINDS]>,
     reasons: PerCpuHashMap<MapData, ReasonKey, Count>,
 }
 
@@ -66,12 +67,15 @@ impl Maps {
         }
         let bindings_map = array(ebpf, "BINDINGS")?;
         let rules_map = array(ebpf, "RULES")?;
+        let edition_map = array(ebpf, "EDITION")?;
         let bindings = mapped(&bindings_map, "BINDINGS", abi::MAX_BINDINGS)?;
         reach(&bindings, "BINDINGS", 0..abi::MAX_BINDINGS)?;
+        let edition = mapped(&edition_map, "EDITION", 1)?;
+        reach(&edition, "EDITION", 0..1)?;
         Ok(Self {
             writes: 0,
             config: typed(ebpf, "CONFIG")?,
-            interfaces: typed(ebpf, "INTERFACES")?,
+            interfaces: Interfaces::new(typed(ebpf, "INTERFACES")?, edition, edition_map),
             bindings,
             bindings_map,
             policies: typed(ebpf, "POLICIES")?,
@@ -87,7 +91,7 @@ impl Maps {
             flows: typed(ebpf, "FLOWS")?,
             fragments: typed(ebpf, "FRAGMENTS")?,
             tracked: typed(ebpf, "TRACKED")?,
-            established: typed(ebpf, "ESTABLISHED")?,
+            usual: typed(ebpf, "USUAL")?,
             reasons: typed(ebpf, "REASONS")?,
         })
     }
@@ -126,14 +130,17 @@ impl Maps {
             let key = key?;
             // An entry that went meanwhile counts nothing.
             if let Ok(values) = self.reasons.get(&key, 0) {
-                counters.insert((key.eni, key.direction, key.reason), sum(&values));
+                counters.insert((key.eni, key.direction, key.reason), sum(values.iter().copied()));
             }
         }
         for &eni in enis {
             for direction in [Direction::Ingress, Direction::Egress] {
-                let count = sum(&self.established.get(&(2 * eni + direction as u32), 0)?);
-                if count.packets > 0 {
-                    counters.insert((eni, direction as u8, Pass::Established as u8), count);
+                let values = self.usual.get(&(2 * eni + direction as u32), 0)?;
+                for (kind, verdict) in verdict::USUAL.iter().enumerate() {
+                    let count = sum(values.iter().map(|counts| counts[kind]));
+                    if count.packets > 0 {
+                        counters.insert((eni, direction as u8, verdict::number(verdict)), count);
+                    }
                 }
             }
         }
@@ -182,7 +189,7 @@ impl Maps {
         let mut from = None;
         loop {
             let (flows, next) = sys::entries::<FlowKey, Flow>(self.flows.map().fd(), from.as_ref(), FLOWS_AT_ONCE)?;
-            for (key, _) in flows.iter().filter(|(key, _)| enis.contains(&key.eni)) {
+            for (key, _) in flows.iter().filter(|(key, _)| enis.contains(&key.eni.into())) {
                 absent_is_fine(self.flows.remove(key))?;
             }
             match next {
@@ -213,9 +220,9 @@ impl Maps {
             self.tracked.set(eni, 0, 0)?;
             for direction in [Direction::Ingress, Direction::Egress] {
                 let index = 2 * eni + direction as u32;
-                let zeros = vec![Count::default(); self.established.get(&index, 0)?.len()];
+                let zeros = vec![Default::default(); self.usual.get(&index, 0)?.len()];
                 let zeros = PerCpuValues::try_from(zeros).map_err(MapError::IoError)?;
-                self.established.set(index, zeros, 0)?;
+                self.usual.set(index, zeros, 0)?;
             }
         }
         Ok(())
@@ -234,8 +241,8 @@ pub fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
     }
 }
 
-fn sum(values: &[Count]) -> Count {
-    values.iter().fold(Count::default(), |total, value| Count {
+fn sum(values: impl IntoIterator<Item = Count>) -> Count {
+    values.into_iter().fold(Count::default(), |total, value| Count {
         packets: total.packets + value.packets,
         bytes: total.bytes + value.bytes,
     })

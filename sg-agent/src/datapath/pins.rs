@@ -21,7 +21,7 @@ const SHARED: [(&str, &str, Size); 5] = [
     ("FLOWS", "flows", size::<FlowKey, Flow>(abi::MAX_FLOWS)),
     ("TRACKED", "tracked", size::<u32, i64>(abi::MAX_INTERFACES)),
     ("FRAGMENTS", "fragments", size::<FragmentSlot, Fragment>(abi::MAX_FRAGMENTS)),
-    ("ESTABLISHED", "established", size::<u32, Count>(2 * abi::MAX_INTERFACES)),
+    ("USUAL", "usual", size::<u32, [Count; abi::USUAL_KINDS]>(2 * abi::MAX_INTERFACES)),
     ("REASONS", "reasons", size::<ReasonKey, Count>(abi::MAX_COUNTERS)),
 ];
 /// The maps from which the next agent learns the numbers that flows know interfaces and policies by.

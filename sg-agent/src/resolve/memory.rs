@@ -37,12 +37,15 @@ pub(super) struct Memory {
 pub(super) struct Changes {
     /// What policies are made of.
     sources: Vec<Source>,
-    acls: Vec<(Option<Arc<NetworkAcl>>, Option<Arc<NetworkAcl>>)>,
+    acls: Vec<AclChange>,
     instances: Vec<InstanceId>,
     enis: Vec<EniChange>,
     /// How many groups and interfaces more, or less, each VPC has: where it is may be known by them.
     homes: HashMap<(Scope, VpcId), isize>,
 }
+
+/// What a network ACL was, and what it is.
+type AclChange = (Option<Arc<NetworkAcl>>, Option<Arc<NetworkAcl>>);
 
 struct EniChange {
     key: EniKey,

@@ -5,6 +5,8 @@ use crate::ranges::{Key, lines_of};
 
 /// Interfaces that one agent can hold (the norm's 1,000 instances, with room for second interfaces).
 pub const MAX_INTERFACES: u32 = 2_048;
+/// Interfaces' entries that each CPU keeps; a power of two. Links that are made one after the other have their own.
+pub const RECENT_LINKS: u32 = 1_024;
 /// Compiled policies that can exist at once, those being replaced included.
 pub const MAX_POLICIES: u32 = 4_096;
 /// Distinct group sets (and network ACLs) in use at once.

@@ -1,32 +1,45 @@
 //! What packets write: tracked flows, fragmented packets under way, counters.
 
-use super::FRAGMENT_SLOTS;
+use super::{FRAGMENT_SLOTS, Interface, MAX_INTERFACES};
 use crate::addr::Address;
 
-/// Key of the map `FLOWS`: one flow of one interface, the same for both directions.
+/// An interface's entry as one CPU looked it up last. Per-CPU array `RECENT`, at the link's index modulo [`RECENT_LINKS`].
 #[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Recent {
+    /// The word in `EDITION` from before the look-up: the entry counts while it is the same.
+    pub edition: u64,
+    /// The link's index; 0, which no link has, where nothing was looked up yet.
+    pub link: u32,
+    /// The entry.
+    pub interface: Interface,
+}
+const _: () = assert!(size_of::<Recent>() == 144);
+
+/// Key of the map `FLOWS`: one flow of one interface, the same for both directions.
+///
+/// Whole words of 64 bits: the kernel compares the last bytes of other keys one by one.
+#[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FlowKey {
     /// The interface's number: what a neighbour sends can't touch another's flows.
-    pub eni: u32,
-    /// The address on the instance's side.
-    pub local: Address,
-    /// The peer's address.
-    pub remote: Address,
-    /// The instance's port, or an ICMP query's identifier.
-    pub local_port: u16,
-    /// The peer's port, or an ICMP query's kind.
-    pub remote_port: u16,
+    pub eni: u16,
     /// The protocol.
     pub protocol: u8,
     /// For ICMP queries who asked, as a [`super::Direction`]; 0 for the rest. A ping and a ping back are two flows.
     pub asker: u8,
-    /// Zero.
-    pub pad: [u8; 2],
+    /// The instance's port, or an ICMP query's identifier.
+    pub local_port: u16,
+    /// The peer's port, or an ICMP query's kind.
+    pub remote_port: u16,
+    /// The address on the instance's side.
+    pub local: Address,
+    /// The peer's address.
+    pub remote: Address,
 }
-const _: () = assert!(size_of::<FlowKey>() == 44);
+const _: () = assert!(size_of::<FlowKey>() == 40 && MAX_INTERFACES <= 1 << 16);
 
-/// A tracked flow.
+/// A tracked flow. With the key and what the kernel adds (`struct htab_elem`, 48 bytes) it fills two lines of a cache.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Flow {
@@ -45,9 +58,9 @@ pub struct Flow {
     /// A [`crate::conntrack::State`].
     pub state: u8,
     /// Zero.
-    pub pad: [u8; 5],
+    pub pad: [u8; 13],
 }
-const _: () = assert!(size_of::<Flow>() == 32);
+const _: () = assert!(size_of::<Flow>() == 40);
 
 /// Flag of [`Flow`]: the instance began it.
 pub const ORIGIN_EGRESS: u16 = 1;
@@ -160,3 +173,7 @@ pub struct Count {
     pub bytes: u64,
 }
 const _: () = assert!(size_of::<Count>() == 16);
+
+/// How many kinds of verdict the per-CPU array `USUAL` counts for each interface and direction, at `2 * eni + direction`.
+/// Which ones and in which order is [`crate::verdict::USUAL`]'s.
+pub const USUAL_KINDS: usize = 4;

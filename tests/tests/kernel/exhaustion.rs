@@ -18,7 +18,7 @@ fn tracked(lab: &mut Lab, host: Host) -> (u32, u32) {
     let ifindex = lab.ifindex(host);
     let eni = lab.reference().interfaces[&ifindex].eni;
     let maps = lab.applier().maps();
-    let there = maps.flows.keys().filter(|key| key.as_ref().is_ok_and(|key| key.eni == eni)).count();
+    let there = maps.flows.keys().filter(|key| key.as_ref().is_ok_and(|key| u32::from(key.eni) == eni)).count();
     (maps.tracked(eni).expect("a counter"), u32::try_from(there).expect("as many as fit"))
 }
 

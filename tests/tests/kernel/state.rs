@@ -456,14 +456,5 @@ pub fn a_full_table_drops_new_flows_only() {
 /// A flow of an interface that isn't there.
 fn filler() -> FlowKey {
     let nobody = sg_common::addr::Address::v4([192, 0, 2, 1]);
-    FlowKey {
-        eni: 77,
-        local: nobody,
-        remote: nobody,
-        local_port: 1,
-        remote_port: 1,
-        protocol: 17,
-        asker: 0,
-        pad: [0; 2],
-    }
+    FlowKey { eni: 77, protocol: 17, asker: 0, local_port: 1, remote_port: 1, local: nobody, remote: nobody }
 }
