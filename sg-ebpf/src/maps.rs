@@ -213,7 +213,9 @@ unsafe fn look_up(ifindex: u32, edition: *mut u64, recent: *mut Recent) -> bool 
     let eni = number();
     // SAFETY: the caller's; and as above.
     unsafe {
-        (&raw mut (*recent).interface).write(core::ptr::from_ref(entry).read_volatile());
+        core::ptr::copy_nonoverlapping(entry, &raw mut (*recent).interface, 1);
+        // An instruction that the compiler moves no access to memory over.
+        asm!("{0} = {0}", inout(reg) current, options(nostack));
         (*recent).edition = current;
         (*recent).link = if number() == eni { ifindex } else { 0 };
         (*recent).link == ifindex

@@ -39,7 +39,7 @@ pub struct FlowKey {
 }
 const _: () = assert!(size_of::<FlowKey>() == 40 && MAX_INTERFACES <= 1 << 16);
 
-/// A tracked flow. With the key and what the kernel adds (`struct htab_elem`, 48 bytes) it fills two lines of a cache.
+/// A tracked flow.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Flow {
@@ -58,9 +58,9 @@ pub struct Flow {
     /// A [`crate::conntrack::State`].
     pub state: u8,
     /// Zero.
-    pub pad: [u8; 13],
+    pub pad: [u8; 5],
 }
-const _: () = assert!(size_of::<Flow>() == 40);
+const _: () = assert!(size_of::<Flow>() == 32);
 
 /// Flag of [`Flow`]: the instance began it.
 pub const ORIGIN_EGRESS: u16 = 1;
