@@ -11,7 +11,7 @@ use sg_agent::model::{Eni, EniId, GroupId, Inventory, Peer, PrefixList, PrefixLi
 use sg_agent::resolve::Resolver;
 
 use crate::isolated;
-use crate::record::{Bound, Recorder, median};
+use crate::record::{Bound, Recorder, median, ratios};
 use crate::world::{self, Agent, Timing};
 
 /// Rules of each group.
@@ -19,9 +19,19 @@ const RULES: usize = 60;
 /// Entries of the long prefix list.
 const ENTRIES: usize = 1_000;
 
+/// Members that are no instances here, where there are any.
+const OTHERS: usize = 10_000;
+/// How many times as much a change may cost where much more doesn't change.
+const FLAT: f64 = 2.0;
+
 /// What changes, one after the other.
-const CHANGES: [(&str, Change); 4] =
-    [("one rule", one_rule), ("one member more", one_member), ("a list of 1,000", long_list), ("nothing", |_, _| {})];
+const CHANGES: [(&str, Change); 5] = [
+    ("one rule", one_rule),
+    ("one member more", one_member),
+    ("an instance's groups", other_groups),
+    ("a list of 1,000", long_list),
+    ("nothing", |_, _| {}),
+];
 
 type Change = fn(&mut Inventory, usize);
 
@@ -30,12 +40,35 @@ type Change = fn(&mut Inventory, usize);
 /// # Errors
 /// The kernel's.
 pub fn run(recorder: &Recorder) -> Result<()> {
-    [1, 100, 1_000].into_iter().try_for_each(|instances| isolated(|| sized(recorder, instances)))
+    let (one, _) = isolated(|| sized(recorder, 1))?;
+    isolated(|| sized(recorder, 100))?;
+    if recorder.quick {
+        return Ok(());
+    }
+    let (many, more) = isolated(|| sized(recorder, 1_000))?;
+    for (number, (what, _)) in CHANGES.iter().enumerate().filter(|(_, (what, _))| *what != "nothing") {
+        let compare = |of: &Own, by: &Own, sizes: &str| {
+            let ratios = ratios(&of[number], &by[number]);
+            recorder.target(&format!("{what}, {sizes}"), &ratios, Bound::AtMost(FLAT));
+        };
+        compare(&many, &one, "1,000 instances against one");
+        compare(&more, &many, "10,000 members more against none");
+    }
+    Ok(())
 }
 
-fn sized(recorder: &Recorder, instances: usize) -> Result<()> {
+/// The agent's own time for each change, round by round.
+type Own = Vec<Vec<f64>>;
+
+/// What each change takes, and the same beside many members more that don't change.
+fn sized(recorder: &Recorder, instances: usize) -> Result<(Own, Own)> {
     let groups = instances.min(100);
     let inventory = world::fleet(instances, groups, RULES);
+    let mut larger = inventory.clone();
+    larger.enis.extend((0..OTHERS).map(|number| {
+        let eni = member(&GroupId::from("sg-0"), "other", number, 98);
+        (eni.id.clone(), eni)
+    }));
     compiling(recorder, &inventory, instances)?;
     let mut agent = Agent::new(inventory, world::attach(instances)?)?;
     let first = agent.change(|_| {})?;
@@ -49,15 +82,25 @@ fn sized(recorder: &Recorder, instances: usize) -> Result<()> {
         );
         recorder.note("each attachment to a link waits for the kernel (synchronize_rcu under the lock of all links)");
     }
+    let own = changes(recorder, &mut agent, Some(at))?;
+    agent.change(|inventory| *inventory = larger)?;
+    Ok((own, changes(recorder, &mut agent, None)?))
+}
+
+fn changes(recorder: &Recorder, agent: &mut Agent, at: Option<(&str, f64)>) -> Result<Own> {
+    let mut all = Vec::new();
     for (what, change) in CHANGES {
         let mut timings: Vec<Timing> = Vec::new();
         for round in 0..recorder.rounds(40) {
             recorder.check()?;
             timings.push(agent.change(|inventory| change(inventory, round))?);
         }
-        report(recorder, what, at, &timings);
+        if let Some(at) = at {
+            report(recorder, what, at, &timings);
+        }
+        all.push(timings.iter().map(Timing::own).collect());
     }
-    Ok(())
+    Ok(all)
 }
 
 fn report(recorder: &Recorder, what: &str, at: (&str, f64), timings: &[Timing]) {
@@ -84,7 +127,7 @@ fn compiling(recorder: &Recorder, inventory: &Inventory, instances: usize) -> Re
         let networks = world::networks(true, 1_000);
         world::spread_rules(&mut inventory, rules, &networks);
         let world = [(tests::lab::scope(), inventory)].into();
-        let attachments = world::attachments(1, |_| 1);
+        let attachments = world::attachments(1, |_| 1).into();
         let desired = Resolver::default().resolve(&world, &tests::lab::scope(), &attachments);
         let Some(spec) = desired.policies.values().next() else { continue };
         let mut times = Vec::new();
@@ -121,20 +164,37 @@ fn one_rule(inventory: &mut Inventory, round: usize) {
 }
 
 fn one_member(inventory: &mut Inventory, round: usize) {
-    let number = 5_000 + round;
+    let eni = member(&changing(inventory), "more", round, 99);
+    inventory.enis.insert(eni.id.clone(), eni);
+}
+
+/// A member of a group that is no instance here.
+fn member(group: &GroupId, kind: &str, number: usize, network: u8) -> Eni {
     let [high, low] = (number as u16).to_be_bytes();
-    let eni = Eni {
-        id: EniId::from(format!("eni-more-{number}").as_str()),
+    Eni {
+        id: EniId::from(format!("eni-{kind}-{number}").as_str()),
         instance: None,
         device_index: 0,
-        groups: [changing(inventory)].into(),
+        groups: [group.clone()].into(),
         subnet: None,
         vpc: Some(VpcId::from("vpc-1")),
-        addresses: vec![IpAddr::from([10, 99, high, low])],
+        addresses: vec![IpAddr::from([10, network, high, low])],
         prefixes: Vec::new(),
         source_dest_check: true,
-    };
-    inventory.enis.insert(eni.id.clone(), eni);
+    }
+}
+
+/// The first instance has one group more, or less.
+fn other_groups(inventory: &mut Inventory, round: usize) {
+    let more = world::group("sg-more");
+    if let Some(eni) = inventory.enis.get_mut(&EniId::from("eni-0"))
+        && (round.is_multiple_of(2) || !eni.groups.remove(&more.id))
+    {
+        eni.groups.insert(more.id.clone());
+    }
+    if !inventory.groups.contains_key(&more.id) {
+        inventory.groups.insert(more.id.clone(), more);
+    }
 }
 
 fn long_list(inventory: &mut Inventory, round: usize) {
@@ -143,7 +203,9 @@ fn long_list(inventory: &mut Inventory, round: usize) {
     // One entry differs from round to round.
     let other = Ipv4Net::new_assert(Ipv4Addr::from(0xc000_0000 + ((round as u32) << 8)), 24);
     entries.insert(IpNet::V4(other));
-    inventory.prefix_lists.insert(id.clone(), PrefixList { id: id.clone(), version: round as i64, entries });
+    inventory
+        .prefix_lists
+        .insert(id.clone(), PrefixList { id: id.clone(), version: round as i64, entries: entries.into() });
     let group = changing(inventory);
     if let Some(group) = inventory.groups.get_mut(&group) {
         group.ingress.retain(|rule| rule.peer != Peer::PrefixList(id.clone()));

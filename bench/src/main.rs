@@ -2,6 +2,8 @@
 //! builds it, runs it as root and writes the report.
 
 mod change;
+mod early;
+mod gateway;
 mod gun;
 mod load;
 mod memory;
@@ -48,6 +50,10 @@ enum Section {
     Memory,
     /// Published ports
     Proxy,
+    /// Denied clients of published ports
+    Early,
+    /// Changes through the gateway, and by polling
+    Gateway,
 }
 
 fn main() -> ExitCode {
@@ -71,6 +77,8 @@ fn run(options: &Options, recorder: &Recorder) -> Result<()> {
             Section::Small => traffic::small(&recorder.section("small"))?,
             Section::Memory => memory::run(&recorder.section("memory"))?,
             Section::Proxy => proxy::run(&recorder.section("proxy"))?,
+            Section::Early => early::run(&recorder.section("early"))?,
+            Section::Gateway => gateway::run(&recorder.section("gateway"))?,
         }
         recorder.check()?;
     }
@@ -78,7 +86,7 @@ fn run(options: &Options, recorder: &Recorder) -> Result<()> {
 }
 
 /// Does something in a network namespace of its own, which goes with the thread.
-fn isolated(work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+fn isolated<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET)?;

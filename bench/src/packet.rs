@@ -73,7 +73,8 @@ pub fn run(recorder: &Recorder) -> Result<()> {
         targets(recorder, &shots);
         Ok(())
     })?;
-    for instances in [subject::ALL.len(), 1_000] {
+    let many = if recorder.quick { 100 } else { 1_000 };
+    for instances in [subject::ALL.len(), many] {
         isolated(|| {
             let mut agent = agent(instances)?;
             let mut shots = Vec::new();
@@ -88,7 +89,7 @@ pub fn run(recorder: &Recorder) -> Result<()> {
 
 fn measure(recorder: &Recorder, agent: &mut Agent, shots: &mut [Shot]) -> Result<()> {
     let null = programs::returning(programs::NEXT)?;
-    for round in 0..recorder.rounds(24) {
+    for round in 0..recorder.rounds(16) {
         for shot in shots.iter_mut() {
             recorder.check()?;
             shot.round(agent, &null)?;

@@ -27,7 +27,7 @@ pub fn run(recorder: &Recorder) -> Result<()> {
     let time = Duration::from_millis(if recorder.quick { 300 } else { 1_000 });
     let kinds = stand.kinds();
     let mut figures: Vec<Figure> = Vec::new();
-    for round in 0..=recorder.rounds(8) {
+    for round in 0..=recorder.rounds(6) {
         for &kind in &kinds {
             recorder.check()?;
             for (name, unit, value) in

@@ -86,7 +86,7 @@ impl Recorder {
 
     /// As many rounds as there is time for.
     pub fn rounds(&self, full: usize) -> usize {
-        if self.quick { full.div_ceil(4).max(3) } else { full }
+        if self.quick { full.div_ceil(8).max(3) } else { full }
     }
 
     /// Values of one figure, one a round.

@@ -82,16 +82,21 @@ impl Site {
             many_connections(namespace);
         }
         world.host.sysctl("net/bridge/bridge-nf-call-iptables", if filter.is_netfilter() { "1" } else { "0" });
+        // Some filters drop questions for neighbours as well, and what is to be denied would wait for an answer.
+        let server = &world.instances[1];
+        let mac = server.mac.map(|byte| format!("{byte:02x}")).join(":");
+        world.instances[0].namespace.ip(&format!("neigh replace {} lladdr {mac} dev eth0 nud permanent", server.v4));
         let mut site = Self { filter, _agent: None, _links: Vec::new(), world };
         match filter {
             Filter::None => {}
             Filter::Null => site._links = site.hook(programs::NEXT, &["a", "b"], &[Hook::Ingress, Hook::Egress])?,
             Filter::TcxDrop => site._links = site.hook(programs::SHOT, &["b"], &[Hook::Egress])?,
             Filter::Ours(rules) => site._agent = Some(ours(&site.world, rules, &[])),
-            Filter::Nft(rules) => site.feed("nft", &["-f", "-"], &nft(rules))?,
-            Filter::NftSet(rules) => site.feed("nft", &["-f", "-"], &nft_set(rules))?,
-            Filter::Iptables(rules) => site.feed("iptables-legacy-restore", &[], &iptables(rules))?,
-            Filter::IptablesDrop => site.feed(
+            Filter::Nft(rules) => feed(&site.world.host, "nft", &["-f", "-"], &nft(rules))?,
+            Filter::NftSet(rules) => feed(&site.world.host, "nft", &["-f", "-"], &nft_set(rules))?,
+            Filter::Iptables(rules) => feed(&site.world.host, "iptables-legacy-restore", &[], &iptables(rules))?,
+            Filter::IptablesDrop => feed(
+                &site.world.host,
                 "iptables-legacy-restore",
                 &[],
                 "*filter\n:FORWARD ACCEPT [0:0]\n-A FORWARD -p udp -j DROP\nCOMMIT\n",
@@ -146,16 +151,20 @@ impl Site {
             Ok(links)
         })
     }
+}
 
-    fn feed(&self, program: &str, arguments: &[&str], text: &str) -> Result<()> {
-        let mut command = self.world.host.command(program);
-        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut child = command.spawn().with_context(|| format!("{program} isn't there"))?;
-        child.stdin.take().context("a pipe was asked for")?.write_all(text.as_bytes())?;
-        let output = child.wait_with_output()?;
-        ensure!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr).trim());
-        Ok(())
-    }
+/// Gives a program of the namespace its rules.
+///
+/// # Errors
+/// What it says of them.
+pub fn feed(namespace: &Namespace, program: &str, arguments: &[&str], text: &str) -> Result<()> {
+    let mut command = namespace.command(program);
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("{program} isn't there"))?;
+    child.stdin.take().context("a pipe was asked for")?.write_all(text.as_bytes())?;
+    let output = child.wait_with_output()?;
+    ensure!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(())
 }
 
 /// Thousands of connections a second to one port: ends that linger would use up all ports, or conntrack's table.

@@ -39,7 +39,7 @@ fn alternate(
     mut measure: impl FnMut(usize, &Site) -> Result<f64>,
 ) -> Result<Vec<Vec<f64>>> {
     let mut values = vec![Vec::new(); sites.len()];
-    for round in 0..=recorder.rounds(12) {
+    for round in 0..=recorder.rounds(8) {
         for (number, site) in sites.iter().enumerate() {
             recorder.check()?;
             let value = measure(number, site).with_context(|| format!("{figure}, {}", site.filter.name()))?;

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Instant;
 
 use ::tests::lab::scope;
@@ -56,7 +57,7 @@ pub struct Agent {
     pub applier: Applier,
     resolver: Resolver,
     world: World,
-    attachments: Vec<Attachment>,
+    attachments: Arc<[Attachment]>,
 }
 
 impl Agent {
@@ -77,7 +78,7 @@ impl Agent {
             applier: Applier::new(datapath, maps, config),
             resolver: Resolver::new(settings),
             world: World::from([(scope(), inventory)]),
-            attachments,
+            attachments: attachments.into(),
         })
     }
 
@@ -93,7 +94,7 @@ impl Agent {
         let snapshot = self.applier.apply(&desired, true)?;
         let (resolve, apply) = ((resolved - begun) / 1e6, (processor_time()? - resolved) / 1e6);
         let timing = Timing { resolve, apply, wall: started.elapsed().as_secs_f64() * 1e3 };
-        ensure!(is_whole(&snapshot), "not everything is enforced: {:?}", snapshot.warnings.first());
+        ensure!(is_whole(&snapshot), "not everything is enforced: {:?}", snapshot.warnings.get_min());
         self.applier.collect();
         Ok(timing)
     }
@@ -174,7 +175,9 @@ pub fn spread_rules(inventory: &mut Inventory, rules: usize, networks: &[IpNet])
             (1, Some(IpNet::V6(network))) => Peer::Ipv6(*network),
             _ => {
                 let id = PrefixListId::from(format!("pl-{number}").as_str());
-                inventory.prefix_lists.insert(id.clone(), PrefixList { id: id.clone(), version: 1, entries });
+                inventory
+                    .prefix_lists
+                    .insert(id.clone(), PrefixList { id: id.clone(), version: 1, entries: entries.into() });
                 Peer::PrefixList(id)
             }
         };

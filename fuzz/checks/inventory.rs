@@ -7,18 +7,18 @@ use sg_agent::model::{Inventory, Peer, Rule, Traffic};
 
 /// Panics where an inventory holds what validation should have left out.
 pub fn check(inventory: &Inventory) {
-    for (id, group) in &inventory.groups {
+    for (id, group) in inventory.groups.iter() {
         assert!(*id == group.id && !id.0.is_empty(), "group {id:?} is kept as {:?}", group.id);
         rules(inventory, &group.ingress);
         rules(inventory, &group.egress);
     }
-    for (id, list) in &inventory.prefix_lists {
+    for (id, list) in inventory.prefix_lists.iter() {
         assert_eq!(*id, list.id);
         assert!(list.entries.iter().all(is_canonical), "{id} holds a network with bits past its prefix");
         let v4 = list.entries.iter().filter(|entry| matches!(entry, IpNet::V4(_))).count();
         assert!(v4 == 0 || v4 == list.entries.len(), "{id} is of both families");
     }
-    for (id, acl) in &inventory.acls {
+    for (id, acl) in inventory.acls.iter() {
         assert_eq!(*id, acl.id);
         for entries in [&acl.ingress, &acl.egress] {
             assert!(entries.is_sorted_by_key(|entry| entry.number), "{id}'s entries are out of order");
@@ -28,14 +28,14 @@ pub fn check(inventory: &Inventory) {
             }
         }
     }
-    for (id, eni) in &inventory.enis {
+    for (id, eni) in inventory.enis.iter() {
         assert_eq!(*id, eni.id);
         let host = eni.instance.as_ref().map(|host| &inventory.instances[host]);
         assert!(host.is_none_or(|host| host.enis.contains(id)), "{id}'s instance doesn't know it");
         assert!(eni.prefixes.iter().all(is_canonical), "{id}: {:?}", eni.prefixes);
         assert!(eni.private_addresses().count() <= eni.addresses.len() + 256 * eni.prefixes.len());
     }
-    for (id, instance) in &inventory.instances {
+    for (id, instance) in inventory.instances.iter() {
         assert_eq!(*id, instance.id);
         assert_ne!(instance.state, "terminated");
         let is_own = |eni| inventory.enis.get(eni).is_some_and(|eni| eni.instance.as_ref() == Some(id));

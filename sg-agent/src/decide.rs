@@ -53,7 +53,7 @@ pub fn admits(
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeSet;
     use std::sync::Arc;
 
     use ipnet::IpNet;
@@ -66,6 +66,7 @@ mod tests {
     use crate::exempt::Service;
     use crate::model::{GroupId, InstanceId, Peer, RuleId, Scope, Traffic};
     use crate::resolve::{self, AclRules, AclSpec, Allowance, GroupSpec, Peers, PolicyKey, Spec};
+    use crate::sharing::Table;
     use crate::tables::{self, InMemory};
 
     const LINK: u32 = 7;
@@ -132,7 +133,7 @@ mod tests {
             mask6: NOWHERE,
             ..abi::Interface::default()
         };
-        let interfaces = BTreeMap::from([(LINK, Enforced { interface, entry, attached: true })]);
+        let interfaces = Table::from([(LINK, Enforced { interface: interface.into(), entry, attached: true })]);
         Snapshot { interfaces, tables, ..Snapshot::default() }
     }
 

@@ -194,7 +194,7 @@ fn gate(snapshot: &Snapshot, at: (u32, &Enforced), direction: Direction, peer: I
 
 /// The rules of a policy in one direction; none where it isn't known.
 fn rules<'a>(snapshot: &'a Snapshot, policy: &PolicyKey, direction: Direction) -> &'a [Allowance] {
-    match snapshot.policies.get(policy).map(|spec| &**spec) {
+    match snapshot.policies.get(policy) {
         Some(Spec::Groups(groups)) if direction == Direction::Ingress => &groups.ingress,
         Some(Spec::Groups(groups)) => &groups.egress,
         _ => &[],

@@ -24,6 +24,7 @@ pub mod privileges;
 pub mod proxy;
 pub mod render;
 pub mod resolve;
+pub mod sharing;
 pub mod source;
 pub mod status;
 pub mod tables;

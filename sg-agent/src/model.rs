@@ -3,7 +3,7 @@
 //!
 //! Whatever can't be understood is a [`Warning`] that names it and is left out: an invalid rule never widens anything.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -11,6 +11,8 @@ use std::sync::Arc;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 use sg_common::abi::DELEGATED_LENGTH;
+
+use crate::sharing::{self, Set, Table};
 
 mod cidr;
 mod lost;
@@ -80,25 +82,41 @@ impl fmt::Display for Scope {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Inventory {
     /// Security groups.
-    pub groups: BTreeMap<GroupId, SecurityGroup>,
+    pub groups: Table<GroupId, SecurityGroup>,
     /// Network interfaces, those of terminated instances left out.
-    pub enis: BTreeMap<EniId, Eni>,
+    pub enis: Table<EniId, Eni>,
     /// Instances that are not terminated.
-    pub instances: BTreeMap<InstanceId, Instance>,
+    pub instances: Table<InstanceId, Instance>,
     /// Those that are.
-    pub terminated: BTreeSet<InstanceId>,
+    pub terminated: Set<InstanceId>,
     /// Managed prefix lists that rules refer to, at their latest version.
-    pub prefix_lists: BTreeMap<PrefixListId, PrefixList>,
+    pub prefix_lists: Table<PrefixListId, PrefixList>,
     /// VPCs and their primary IPv4 networks.
-    pub vpcs: BTreeMap<VpcId, Ipv4Net>,
+    pub vpcs: Table<VpcId, Ipv4Net>,
     /// Subnets.
-    pub subnets: BTreeMap<SubnetId, Subnet>,
+    pub subnets: Table<SubnetId, Subnet>,
     /// Network ACLs.
-    pub acls: BTreeMap<AclId, NetworkAcl>,
+    pub acls: Table<AclId, NetworkAcl>,
     /// Active peering connections.
-    pub peerings: BTreeSet<Peering>,
+    pub peerings: Set<Peering>,
     /// What was left out, and why.
-    pub warnings: Vec<Warning>,
+    pub warnings: Set<Warning>,
+}
+
+impl Inventory {
+    /// Shares with the last one that was read whatever is the same.
+    pub fn share(&mut self, last: &Self) {
+        self.groups.share(&last.groups);
+        self.enis.share(&last.enis);
+        self.instances.share(&last.instances);
+        sharing::share(&mut self.terminated, &last.terminated);
+        self.prefix_lists.share(&last.prefix_lists);
+        self.vpcs.share(&last.vpcs);
+        self.subnets.share(&last.subnets);
+        self.acls.share(&last.acls);
+        sharing::share(&mut self.peerings, &last.peerings);
+        sharing::share(&mut self.warnings, &last.warnings);
+    }
 }
 
 /// Something in the control plane's answer that can't be enforced as it stands.
@@ -298,7 +316,7 @@ pub struct PrefixList {
     /// Its version.
     pub version: i64,
     /// Its networks, all of one family, canonical.
-    pub entries: BTreeSet<IpNet>,
+    pub entries: Arc<BTreeSet<IpNet>>,
 }
 
 /// A subnet.

@@ -1,28 +1,40 @@
 //! R3: what each interface must enforce. Follows references, prefix lists, memberships and addresses from the model and
 //! the links that were discovered to one [`Desired`] state. Pure but for what it remembers: the numbers that it gives to
-//! groups and VPCs, and who had an address first.
+//! groups and VPCs, who had an address first, and the last round.
+//!
+//! A round resolves again only what is made of something that differs from the last round: policies by the groups,
+//! prefix lists and network ACLs that they are made of, interfaces by their placement, memberships by the interfaces of
+//! the control plane. Each has one function, which knows nothing of rounds: [`Round::policy`], [`Round::interface`],
+//! [`Round::contribution`]. What may move attachments or VPCs ([`Memory::can_follow`]) begins from nothing, where
+//! everything differs: the same way, only longer.
 
 mod desired;
 mod members;
+mod memory;
+mod numbers;
+mod peerings;
 mod place;
 mod rules;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
 pub use self::desired::{
-    AclRules, AclSpec, Allowance, Desired, GroupSpec, Interface, Membership, Peers, PolicyKey, Spec,
+    AclRules, AclSpec, Allowance, Desired, GroupSpec, Interface, Membership, Peers, Place, PolicyKey, Spec,
 };
-use self::members::Peerings;
-pub use self::members::foreign_references;
-use self::place::{Delegated, Given, Holders, Placement};
+use self::memory::{Changes, Memory};
+use self::numbers::Numbers;
+use self::peerings::Peerings;
+pub use self::peerings::foreign_references;
+use self::place::{Holders, Placement, Placing};
 use crate::discovery::Attachment;
 use crate::exempt::Service;
-use crate::model::{Eni, GroupId, Inventory, Scope, SubnetId, VpcId};
+use crate::model::{Eni, EniId, GroupId, Inventory, Scope, VpcId, Warning};
 
 /// How the silent parts of the norm are read.
 #[derive(Clone, Debug, Default)]
@@ -47,35 +59,41 @@ pub enum Unknown {
     Allow,
 }
 
-/// Resolves, and remembers the numbers that it gave.
+/// Resolves, and remembers the last round.
 #[derive(Debug, Default)]
 pub struct Resolver {
     settings: Settings,
-    groups: Numbers<(Scope, GroupId)>,
-    subnets: Numbers<(Scope, SubnetId)>,
-    vpcs: Numbers<(Scope, VpcId)>,
+    numbers: Numbers,
     holders: Holders,
-}
-
-#[derive(Debug)]
-struct Numbers<K>(HashMap<K, u32>);
-
-impl<K> Default for Numbers<K> {
-    fn default() -> Self {
-        Self(HashMap::new())
-    }
-}
-
-impl<K: Clone + Eq + std::hash::Hash> Numbers<K> {
-    /// The key's number, from 1 up; never given to another.
-    fn of(&mut self, key: &K) -> u32 {
-        let next = self.0.len() as u32 + 1;
-        *self.0.entry(key.clone()).or_insert(next)
-    }
+    memory: Memory,
 }
 
 /// All scopes' inventories.
 pub type World = BTreeMap<Scope, Inventory>;
+
+/// A group and where it is.
+type GroupKey = (Scope, GroupId);
+
+/// The same of an interface.
+type EniKey = (Scope, EniId);
+
+/// What is known when a round begins.
+#[derive(Clone, Debug)]
+struct Inputs {
+    world: World,
+    /// The scope of attachments that don't name theirs.
+    default: Scope,
+    attachments: Arc<[Attachment]>,
+}
+
+/// What every part of a round goes by.
+struct Round<'a> {
+    settings: &'a Settings,
+    world: &'a World,
+    peerings: &'a Peerings,
+    placing: &'a Placing,
+    numbers: &'a mut Numbers,
+}
 
 impl Resolver {
     /// A resolver with these settings.
@@ -85,79 +103,66 @@ impl Resolver {
 
     /// The number that rules and members know a group by.
     pub fn group_number(&mut self, scope: &Scope, group: &GroupId) -> u32 {
-        self.groups.of(&(scope.clone(), group.clone()))
+        self.numbers.groups.of(&(scope.clone(), group.clone()))
     }
 
     /// What `attachments` must enforce, given the control planes' state. `default` is the scope of attachments that
     /// don't name theirs.
-    pub fn resolve(&mut self, world: &World, default: &Scope, attachments: &[Attachment]) -> Desired {
-        let mut desired = Desired::default();
-        for inventory in world.values() {
-            desired.warnings.extend(inventory.warnings.iter().cloned());
+    pub fn resolve(&mut self, world: &World, default: &Scope, attachments: &Arc<[Attachment]>) -> Desired {
+        let inputs = Inputs { world: world.clone(), default: default.clone(), attachments: Arc::clone(attachments) };
+        let mut changes = Changes::between(&self.memory.world, &inputs.world);
+        if !self.memory.can_follow(&inputs, &changes) {
+            let placing = Placing::of(&inputs, self.settings.unknown, &mut self.holders);
+            self.memory = Memory::begin(&inputs, placing);
+            changes = Changes::between(&World::new(), &inputs.world);
         }
-        let peerings = Peerings::of(world);
-        let mut placements = place::place(world, default, attachments, self.settings.unknown, &mut desired.warnings);
-        self.holders.keep_uncontested(world, &mut placements, &mut desired.warnings);
-        self.holders.note(&placements);
-        let given = place::given(&placements);
-        let delegated = place::delegated(world, &placements, &mut desired.warnings);
-        // Interfaces by the hundred share a VPC and a gateway: what those serve is listed once.
-        let (mut networks, mut gateways) = (BTreeMap::new(), BTreeSet::new());
-        for placement in &placements {
-            let interface = self.interface(world, &peerings, placement, &given, &delegated, &mut desired);
-            let vpcs = world.get(&placement.scope).map(|inventory| &inventory.vpcs);
-            networks.entry(interface.vpc).or_insert_with(|| vpcs?.get(placement.eni?.vpc.as_ref()?));
-            gateways.extend(placement.attachment.gateways.iter().map(|&address| (interface.vpc, address)));
-            desired.interfaces.insert(placement.attachment.link.ifindex, interface);
-        }
-        for (vpc, network) in networks {
-            desired.exempt.extend(self.settings.exempt.iter().map(|service| (vpc, service.clone())));
-            desired.exempt.extend(network.into_iter().flat_map(Service::of_vpc).map(|service| (vpc, service)));
-        }
-        for (vpc, address) in gateways {
-            desired.exempt.extend(Service::of_gateway(address).map(|service| (vpc, service)));
-        }
-        self.members(world, &peerings, &placements, &given, &delegated, &mut desired);
-        desired
+        self.memory.follow(inputs, &changes, &self.settings, &mut self.numbers);
+        self.memory.desired.clone()
     }
 
-    fn interface(
-        &mut self,
-        world: &World,
-        peerings: &Peerings,
-        placement: &Placement,
-        given: &Given,
-        delegated: &Delegated,
-        desired: &mut Desired,
-    ) -> Interface {
-        let attachment = placement.attachment;
-        let inventory = world.get(&placement.scope);
-        let vpc_id = placement.eni.and_then(|eni| eni.vpc.clone()).unwrap_or_else(|| VpcId::from(""));
-        let vpc = self.vpcs.of(&(placement.scope.clone(), vpc_id));
-        let (policy, groups) = self.policy(world, peerings, placement, desired);
-        let subnet_id = placement.eni.and_then(|eni| eni.subnet.as_ref());
+    /// One that has the same numbers, and remembers nothing else of the last round.
+    #[cfg(test)]
+    fn afresh(&self) -> Self {
+        Self {
+            settings: self.settings.clone(),
+            numbers: self.numbers.clone(),
+            holders: self.holders.clone(),
+            memory: Memory::default(),
+        }
+    }
+}
+
+impl Round<'_> {
+    /// What a placement's interface is to enforce.
+    fn interface(&mut self, placement: &Placement, warnings: &mut Vec<Warning>) -> Interface {
+        let attachment = &*placement.attachment;
+        let inventory = self.world.get(&placement.scope);
+        let eni = placement.eni.as_deref();
+        let vpc_id = eni.and_then(|eni| eni.vpc.clone()).unwrap_or_else(|| VpcId::from(""));
+        let vpc = self.numbers.vpcs.of(&(placement.scope.clone(), vpc_id));
+        let subnet_id = eni.and_then(|eni| eni.subnet.as_ref());
         let subnet = subnet_id.and_then(|id| inventory?.subnets.get(id));
         // By its id: an ACL stands whether or not the source lists the subnet itself.
-        let acl = subnet_id.and_then(|id| self.acl(inventory?, &placement.scope, id, desired));
-        let subnet_number =
-            subnet_id.filter(|_| acl.is_some()).map(|id| self.subnets.of(&(placement.scope.clone(), id.clone())));
-        let (scope, network) = placement.network();
+        let acl = subnet_id.and_then(|id| rules::acl(inventory?, id));
+        let asked = subnet_id.filter(|_| acl.is_some());
+        let subnet_number = asked.map(|id| self.numbers.subnets.of(&(placement.scope.clone(), id.clone())));
+        let network = placement.network();
         let is_free = |address: &IpAddr| {
-            let holder = given.get(&(scope.clone(), network.cloned(), *address));
+            let holder = self.placing.given.get(&(network.clone(), *address));
             holder.is_none_or(|&holder| holder == attachment.link.ifindex)
         };
-        let known = placement.eni.into_iter().flat_map(Eni::private_addresses).filter(is_free);
+        let known = eni.into_iter().flat_map(Eni::private_addresses).filter(is_free);
         let mut addresses = placement.addresses.clone();
         addresses.extend(known.filter(|address| !placement.addresses.contains(address)));
-        let prefixes = placement.eni.and_then(|eni| delegated.get(&(&placement.scope, &eni.id)));
+        let prefixes = placement.eni_key().and_then(|key| self.placing.delegated.get(&key));
         Interface {
             link: attachment.link.name.clone(),
             instance: attachment.instance.clone(),
             scope: placement.scope.clone(),
-            eni: placement.eni.map(|eni| eni.id.clone()),
-            groups,
-            policy,
-            acl,
+            eni: eni.map(|eni| eni.id.clone()),
+            groups: eni.map(|eni| eni.groups.clone()).unwrap_or_default(),
+            policy: self.policy_of(placement, warnings),
+            acl: acl.map(|acl| PolicyKey::Acl(placement.scope.clone(), acl.id.clone())),
             vpc,
             mac: placement.mac,
             addresses,
@@ -166,7 +171,28 @@ impl Resolver {
                 .map(|subnet| subnet.ipv4.map(IpNet::V4).into_iter().chain(subnet.ipv6.map(IpNet::V6)).collect())
                 .unwrap_or_default(),
             subnet_number,
-            source_dest_check: placement.eni.is_none_or(|eni| eni.source_dest_check),
+            source_dest_check: eni.is_none_or(|eni| eni.source_dest_check),
         }
+    }
+
+    /// What nothing filters, as seen from the VPCs of all interfaces. They share VPCs and gateways by the hundred: what
+    /// those serve is listed once.
+    fn exempt(&self, interfaces: &[Arc<Interface>]) -> BTreeSet<(u32, Service)> {
+        let (mut networks, mut gateways) = (BTreeMap::new(), BTreeSet::new());
+        for (placement, interface) in self.placing.placements.iter().zip(interfaces) {
+            let vpcs = self.world.get(&placement.scope).map(|inventory| &inventory.vpcs);
+            let vpc = placement.eni.as_ref().and_then(|eni| eni.vpc.as_ref());
+            networks.entry(interface.vpc).or_insert_with(|| vpcs?.get(vpc?));
+            gateways.extend(placement.attachment.gateways.iter().map(|&address| (interface.vpc, address)));
+        }
+        let mut exempt = BTreeSet::new();
+        for (vpc, network) in networks {
+            exempt.extend(self.settings.exempt.iter().map(|service| (vpc, service.clone())));
+            exempt.extend(network.into_iter().flat_map(Service::of_vpc).map(|service| (vpc, service)));
+        }
+        for (vpc, address) in gateways {
+            exempt.extend(Service::of_gateway(address).map(|service| (vpc, service)));
+        }
+        exempt
     }
 }

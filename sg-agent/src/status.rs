@@ -190,7 +190,7 @@ impl Status {
         let interfaces = snapshot.interfaces.iter().map(|(&ifindex, enforced)| {
             let (interface, entry) = (&enforced.interface, &enforced.entry);
             let binding = snapshot.tables.bindings.get(&entry.groups).copied().unwrap_or_default();
-            let (ingress_rules, egress_rules) = match snapshot.policies.get(&interface.policy).map(|spec| &**spec) {
+            let (ingress_rules, egress_rules) = match snapshot.policies.get(&interface.policy) {
                 Some(Spec::Groups(groups)) => (groups.ingress.len(), groups.egress.len()),
                 _ => (0, 0),
             };

@@ -1,9 +1,9 @@
 //! The compiled tables in memory, looked up by the kernel's own functions: what the proxy and `explain` decide by.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use imbl::OrdMap;
 use ipnet::IpNet;
 use sg_common::abi::{
     Binding, Config, DELEGATED, DELEGATED_LENGTH, Direction, GROUPS_PER_MEMBER, Line, Member, Policy,
@@ -13,21 +13,23 @@ use sg_common::policy::Tables;
 
 use crate::compile::{Compiled, Table};
 use crate::exempt::Service;
-use crate::resolve::Membership;
+use crate::resolve::{Membership, Place};
+use crate::sharing::Set;
 
-/// A copy of what the rule maps hold. A [`crate::apply::Snapshot`] has the one of the moment in which it was made.
+/// A copy of what the rule maps hold. A [`crate::apply::Snapshot`] has the one of the moment in which it was made: a
+/// copy costs nothing.
 #[derive(Clone, Debug, Default)]
 pub struct InMemory {
     /// Settings.
     pub config: Config,
     /// `BINDINGS`.
-    pub bindings: HashMap<u32, Binding>,
+    pub bindings: OrdMap<u32, Binding>,
     /// The policies behind them, by number.
-    pub policies: HashMap<u32, Arc<Compiled>>,
+    pub policies: OrdMap<u32, Arc<Compiled>>,
     /// `MEMBERS`, by VPC and address or delegated prefix.
-    pub members: BTreeMap<(u32, IpNet), Member>,
+    pub members: OrdMap<Place, Member>,
     /// `EXEMPT`.
-    pub exempt: BTreeSet<(u32, Service)>,
+    pub exempt: Set<(u32, Service)>,
 }
 
 impl InMemory {

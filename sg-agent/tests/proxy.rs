@@ -118,7 +118,7 @@ async fn clients_of_an_instance_that_is_gone_are_refused() {
     scene.snapshots.send_replace(Snapshot::default().into());
     assert!(is_reset(SOME, scene.at).await);
     let mut unattached = Snapshot::clone(&snapshot(scene.instance, &some()));
-    unattached.interfaces.values_mut().for_each(|enforced| enforced.attached = false);
+    unattached.interfaces.update_all(|enforced| enforced.attached = false);
     scene.snapshots.send_replace(unattached.into());
     assert!(is_reset(SOME, scene.at).await);
     assert!(!scene.is_knocked_at());

@@ -86,9 +86,10 @@ impl Key for u128 {
     }
 
     fn write(node: &mut [Line], end: impl Fn(usize) -> Self) {
-        for place in 0..LINE_WORDS {
+        let [uppers, lowers] = node else { return };
+        for (place, (upper, lower)) in uppers.iter_mut().zip(lowers).enumerate() {
             let end = end(place);
-            (node[0][place], node[1][place]) = ((end >> 64) as u64, end as u64);
+            (*upper, *lower) = ((end >> 64) as u64, end as u64);
         }
     }
 }

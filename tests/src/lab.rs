@@ -7,12 +7,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use sg_agent::apply::{Applier, ApplyError};
+use sg_agent::compile::compile;
 use sg_agent::datapath::Datapath;
 use sg_agent::discovery::Attachment;
 use sg_agent::explain::{Explanation, Query, explain};
 use sg_agent::live;
 use sg_agent::model::{Eni, Inventory, Warning};
-use sg_agent::resolve::{Desired, Resolver, Settings, World};
+use sg_agent::resolve::{Desired, Membership, Place, Resolver, Settings, World};
+use sg_agent::tables::member;
 use sg_common::abi::{Config, Count, DELEGATED, Direction, MAX_FLOWS, RELATED_ERRORS};
 use sg_common::addr::Address;
 use sg_common::conntrack::State;
@@ -121,7 +123,7 @@ impl Lab {
     pub fn desired(&mut self, change: impl FnOnce(&mut Inventory, &mut Vec<Attachment>)) -> Desired {
         let (mut world, mut attachments) = (self.world.clone(), self.attachments.clone());
         change(world.get_mut(&scope()).expect("the only scope"), &mut attachments);
-        self.resolver.resolve(&world, &scope(), &attachments)
+        self.resolver.resolve(&world, &scope(), &attachments.into())
     }
 
     /// Changes what was discovered.
@@ -133,7 +135,7 @@ impl Lab {
     }
 
     fn apply(&mut self) -> Result<(), ApplyError> {
-        let desired = self.resolver.resolve(&self.world, &scope(), &self.attachments);
+        let desired = self.resolver.resolve(&self.world, &scope(), &self.attachments.clone().into());
         let applied = self.applier.apply(&desired, true).map(drop);
         self.applier.collect();
         // Where the change was refused, what stands now is what stood before.
@@ -159,6 +161,30 @@ impl Lab {
             .collect();
         self.reference.forget();
         applied
+    }
+
+    /// Panics where what the last changes left isn't what a start from nothing writes: nothing is missing, nothing is
+    /// left over, in memory and in the kernel.
+    pub fn check_whole(&mut self) {
+        let desired = self.resolver.resolve(&self.world, &scope(), &self.attachments.clone().into());
+        let snapshot = self.applier.snapshot();
+        let tables = &snapshot.tables;
+        let members: BTreeMap<_, _> = tables.members.iter().map(|(place, member)| (*place, *member)).collect();
+        let wanted = |(place, its): (&Place, &Membership)| (*place, member(its).expect("few groups"));
+        assert_eq!(members, desired.members.iter().map(wanted).collect());
+        assert_eq!((&tables.exempt, snapshot.interfaces.len()), (&desired.exempt, desired.interfaces.len()));
+        assert_eq!((tables.bindings.len(), tables.policies.len()), (desired.policies.len(), desired.policies.len()));
+        for (link, interface) in desired.interfaces.iter() {
+            let enforced = &snapshot.interfaces[link];
+            assert_eq!(*enforced.interface, *interface);
+            let acl = interface.acl.iter().map(|key| (key, enforced.entry.acl));
+            for (key, slot) in [(&interface.policy, enforced.entry.groups)].into_iter().chain(acl) {
+                let policy = &tables.policies[&tables.bindings[&slot].policy];
+                assert_eq!(**policy, compile(&desired.policies[key]).expect("a policy that is in force"), "{key}");
+            }
+        }
+        let (repairs, errors) = self.applier.verify();
+        assert!(repairs.is_empty() && errors.is_empty(), "{repairs:?} {errors:?}");
     }
 
     /// What the last change was warned about.

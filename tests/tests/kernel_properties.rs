@@ -98,8 +98,8 @@ fn oracle_tables_and_kernel_agree_about_new_flows() {
 fn agree(lab: &mut Lab, probes: &[Probe], judged: &mut [usize; 5]) -> Result<(), TestCaseError> {
     let snapshot = lab.applier().snapshot();
     let interface = &snapshot.interfaces[&lab.ifindex(B)].interface;
-    let Spec::Groups(groups) = &*snapshot.policies[&interface.policy] else { panic!("an ACL for groups") };
-    let acl = interface.acl.as_ref().map(|key| match &*snapshot.policies[key] {
+    let Spec::Groups(groups) = &snapshot.policies[&interface.policy] else { panic!("an ACL for groups") };
+    let acl = interface.acl.as_ref().map(|key| match &snapshot.policies[key] {
         Spec::Acl(acl) => acl,
         Spec::Groups(_) => panic!("groups for an ACL"),
     });
@@ -186,7 +186,10 @@ fn kernel_and_memory_agree_on_arbitrary_bytes() {
                         Event::Wait { seconds } => lab.advance(seconds * 1000),
                         Event::Rules { group, text } => lab.rules(group, text),
                         Event::Flags { flags } => lab.configure(|config| config.flags = flags),
-                        Event::Change(change) => lab.edit(|inventory| change.make(inventory)),
+                        Event::Change(change) => {
+                            lab.edit(|inventory| change.make(inventory));
+                            lab.check_whole();
+                        }
                         Event::NoAcl => lab.edit(|inventory| inventory.acls.clear()),
                     }
                 }

@@ -1,6 +1,7 @@
 //! The instances that packets are sent to, each with rules of another size, and the packets themselves.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ::tests::cast::{Host, ROUTER, X};
 use ::tests::packets::{tcp, udp};
@@ -81,7 +82,7 @@ fn join(inventory: &mut Inventory, number: usize, kind: Kind) {
                     let port = FIRST_PORT + rule as u16;
                     let own = networks.iter().skip(rule % networks.len()).step_by(rules).copied().collect();
                     let list = PrefixListId::from(format!("pl-{number}-{rule}-{is_v4}").as_str());
-                    let entries = PrefixList { id: list.clone(), version: 1, entries: own };
+                    let entries = PrefixList { id: list.clone(), version: 1, entries: Arc::new(own) };
                     inventory.prefix_lists.insert(list.clone(), entries);
                     group.ingress.push(world::rule(
                         rule,

@@ -1,16 +1,16 @@
 //! Policies into force and out of it: staged beside the old ones, bound by one word each, retired once nobody has them.
 //! Their entries are `policies`'.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use sg_common::abi::{self, Binding};
 
-use super::members::Referenced;
+use super::change::Change;
 use super::policies::{Store, Usage, Written};
 use super::{Applier, ApplyError, check, wait_for_programs};
-use crate::compile::compile;
-use crate::resolve::{Desired, PolicyKey, Spec};
+use crate::compile::{Compiled, compile};
+use crate::resolve::{PolicyKey, Spec};
 
 /// Slots for policies in force: slot 0 is nobody's.
 pub(super) const MOST_BOUND: u32 = abi::MAX_BINDINGS - 1;
@@ -28,12 +28,10 @@ pub(super) type Staged = Vec<(PolicyKey, Arc<Spec>, Written)>;
 
 impl Applier {
     /// Compiles and writes every policy that is new or has changed. Nothing refers to them yet.
-    pub(super) fn stage(&mut self, desired: &Desired) -> Result<Staged, ApplyError> {
-        let changed: Vec<(&PolicyKey, &Arc<Spec>)> = desired
-            .policies
-            .iter()
-            .filter(|(key, spec)| self.bound.get(key).is_none_or(|bound| bound.spec != **spec))
-            .collect();
+    pub(super) fn stage(&mut self, change: &Change) -> Result<Staged, ApplyError> {
+        let wanted = change.policies.iter().filter_map(|key| Some((key, change.desired.policies.shared(key)?)));
+        let changed: Vec<(&PolicyKey, &Arc<Spec>)> =
+            wanted.filter(|(key, spec)| self.bound.get(key).is_none_or(|bound| bound.spec != **spec)).collect();
         let missing = changed.iter().filter(|(key, _)| !self.bound.contains_key(key)).count();
         check("group sets and network ACLs, those being replaced included", self.bound.len() + missing, MOST_BOUND)?;
         let mut compiled = Vec::new();
@@ -79,9 +77,9 @@ impl Applier {
             self.maps.bindings.store(slot, word(binding));
             self.tables.bindings.insert(slot, binding);
             self.tables.policies.insert(written.number, Arc::clone(&written.compiled));
+            self.referenced.add(&written.compiled);
             if let Some(old) = self.bound.insert(key, Bound { slot, spec, written }) {
-                self.tables.policies.remove(&old.written.number);
-                self.retired.push(old.written);
+                self.retire(old.written);
             }
         }
     }
@@ -111,30 +109,59 @@ impl Applier {
 
     /// Retires policies that no interface has any more. Their slots go to others when no program can have come by an
     /// interface's old entry any more: it would judge that one's packet by another's policy.
-    pub(super) fn unbind(&mut self, desired: &Desired) {
-        let gone: Vec<PolicyKey> =
-            self.bound.keys().filter(|key| !desired.policies.contains_key(key)).cloned().collect();
-        for key in gone {
-            let Some(bound) = self.bound.remove(&key) else { continue };
+    pub(super) fn unbind(&mut self, change: &Change) {
+        for key in change.gone() {
+            let Some(bound) = self.bound.remove(key) else { continue };
             self.maps.bindings.store(bound.slot, 0);
             self.tables.bindings.remove(&bound.slot);
-            self.tables.policies.remove(&bound.written.number);
             self.vacated.push(bound.slot);
-            self.retired.push(bound.written);
+            self.retire(bound.written);
         }
     }
 
-    /// The groups that the policies in force refer to.
-    pub(super) fn referenced(&self) -> Referenced {
-        self.tables.policies.values().flat_map(|policy| policy.referenced()).collect()
+    fn retire(&mut self, written: Written) {
+        self.tables.policies.remove(&written.number);
+        self.referenced.take(&written.compiled);
+        self.retired.push(written);
     }
 
-    /// Those that the policies will refer to.
-    pub(super) fn referenced_by(&self, desired: &Desired, staged: &Staged) -> Referenced {
-        let staying = self.bound.iter().filter(|(key, bound)| desired.policies.get(key) == Some(&bound.spec));
-        let staying = staying.map(|(_, bound)| &bound.written);
-        let written = staying.chain(staged.iter().map(|(.., written)| written));
-        written.flat_map(|written| written.compiled.referenced()).collect()
+    /// Which references the policies will have more or less.
+    pub(super) fn new_references(&self, change: &Change, staged: &Staged) -> References {
+        let mut references = References::default();
+        let replaced = staged.iter().map(|(key, ..)| key).chain(change.gone());
+        for bound in replaced.filter_map(|key| self.bound.get(key)) {
+            references.take(&bound.written.compiled);
+        }
+        staged.iter().for_each(|(.., written)| references.add(&written.compiled));
+        references
+    }
+}
+
+/// How many tables refer to each group.
+#[derive(Debug, Default)]
+pub(super) struct References(HashMap<u32, i64>);
+
+impl References {
+    pub(super) fn of(&self, group: u32) -> i64 {
+        self.0.get(&group).copied().unwrap_or(0)
+    }
+
+    fn add(&mut self, policy: &Compiled) {
+        self.count(policy, 1);
+    }
+
+    fn take(&mut self, policy: &Compiled) {
+        self.count(policy, -1);
+    }
+
+    fn count(&mut self, policy: &Compiled, by: i64) {
+        for group in policy.referenced() {
+            let count = self.0.entry(group).or_default();
+            *count += by;
+            if *count == 0 {
+                self.0.remove(&group);
+            }
+        }
     }
 }
 

@@ -1,23 +1,28 @@
 //! Interfaces in the maps: each one's entry, with its number, and its own addresses.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use sg_common::abi::{self, DELEGATED, NOWHERE, OwnKey, SOURCE_DEST_CHECK};
 use sg_common::addr::Address;
 use sg_common::policy::Tables as _;
 
+use super::change::Change;
 use super::{Applier, ApplyError};
 use crate::datapath::{DatapathError, absent_is_fine};
 use crate::resolve::{Desired, Interface, PolicyKey};
 
+/// The first address in the order of addresses, and the last one.
+const FIRST: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+const LAST: IpAddr = IpAddr::V6(Ipv6Addr::from_bits(u128::MAX));
+
 type Entries = BTreeMap<u32, abi::Interface>;
 
 impl Applier {
-    /// Writes every interface's entry and own addresses, and removes those that are gone.
-    pub(super) fn write_interfaces(&mut self, desired: &Desired) -> Result<(), ApplyError> {
+    /// Writes the changed interfaces' entries and own addresses, and removes those that are gone.
+    pub(super) fn write_interfaces(&mut self, change: &Change) -> Result<(), ApplyError> {
         let mut entries = Entries::new();
-        let written = self.number(desired, &mut entries).and_then(|()| self.replace_interfaces(desired, &entries));
+        let written = self.number(change, &mut entries).and_then(|()| self.replace_interfaces(change, &entries));
         // Numbers of entries that couldn't be written are nobody's, but for those that an earlier agent gave.
         let earlier = self.datapath.earlier();
         let unused = entries.iter().filter(|&(ifindex, entry)| {
@@ -37,23 +42,26 @@ impl Applier {
         self.departed.extend(gone);
     }
 
-    /// The entries that the interfaces are to have.
-    fn number(&mut self, desired: &Desired, entries: &mut Entries) -> Result<(), ApplyError> {
-        for (&ifindex, interface) in &desired.interfaces {
-            entries.insert(ifindex, self.entry(ifindex, interface)?);
+    /// The entries that the changed interfaces are to have.
+    fn number(&mut self, change: &Change, entries: &mut Entries) -> Result<(), ApplyError> {
+        for &ifindex in &change.interfaces {
+            if let Some(interface) = change.desired.interfaces.get(&ifindex) {
+                entries.insert(ifindex, self.entry(ifindex, interface)?);
+            }
         }
         Ok(())
     }
 
     /// New own addresses come before the entries and old ones go after them: one that becomes the primary one, or
     /// ceases to be, is an own address all the time.
-    fn replace_interfaces(&mut self, desired: &Desired, entries: &Entries) -> Result<(), ApplyError> {
-        let secondaries = secondaries(desired, entries);
-        let changed = self.secondaries != secondaries;
+    fn replace_interfaces(&mut self, change: &Change, entries: &Entries) -> Result<(), ApplyError> {
+        let secondaries = secondaries(change.desired, entries);
+        let gone: Vec<(u32, IpAddr)> = self.held(change).filter(|own| !secondaries.contains(own)).copied().collect();
+        let changed = !gone.is_empty() || secondaries.iter().any(|own| !self.secondaries.contains(own));
         let written = self
             .add_secondaries(&secondaries)
-            .and_then(|()| self.replace_entries(entries))
-            .and_then(|()| self.remove_secondaries(&secondaries));
+            .and_then(|()| self.replace_entries(change, entries))
+            .and_then(|()| self.remove_secondaries(&gone));
         // Those that were written before an error count as well.
         if changed {
             self.announce()?;
@@ -61,23 +69,46 @@ impl Applier {
         written
     }
 
-    fn replace_entries(&mut self, entries: &Entries) -> Result<(), ApplyError> {
-        let failed = |error| DatapathError::Write { map: "INTERFACES", error };
+    /// Own addresses that the changed interfaces have now, by the numbers that they have now.
+    fn held<'a>(&'a self, change: &'a Change) -> Box<dyn Iterator<Item = &'a (u32, IpAddr)> + 'a> {
+        if change.is_whole {
+            return Box::new(self.secondaries.iter());
+        }
+        let known = change.interfaces.iter().filter_map(|ifindex| self.entries.get(ifindex));
+        let numbers = known.flat_map(|entry| [entry.eni, entry.eni | DELEGATED]);
+        Box::new(numbers.flat_map(|number| self.secondaries.range((number, FIRST)..=(number, LAST))))
+    }
+
+    fn replace_entries(&mut self, change: &Change, entries: &Entries) -> Result<(), ApplyError> {
         for (&ifindex, entry) in entries {
             if self.entries.get(&ifindex) != Some(entry) {
-                self.maps.writes += 1;
-                self.maps.interfaces.insert(ifindex, entry, 0).map_err(failed)?;
-                let old = self.entries.insert(ifindex, *entry);
+                let old = self.write_entry(ifindex, *entry)?;
                 self.departed.extend(old.map(|old| old.eni).filter(|&eni| eni != entry.eni));
             }
         }
-        let gone: Vec<u32> = self.entries.keys().filter(|ifindex| !entries.contains_key(ifindex)).copied().collect();
-        for ifindex in gone {
-            self.maps.writes += 1;
-            absent_is_fine(self.maps.interfaces.remove(&ifindex)).map_err(failed)?;
-            self.departed.extend(self.entries.remove(&ifindex).map(|old| old.eni));
+        let failed = |error| DatapathError::Write { map: "INTERFACES", error };
+        for ifindex in change.interfaces.iter().filter(|ifindex| !entries.contains_key(ifindex)) {
+            if self.entries.contains_key(ifindex) {
+                self.maps.writes += 1;
+                absent_is_fine(self.maps.interfaces.remove(ifindex)).map_err(failed)?;
+                self.born.remove(ifindex);
+                self.departed.extend(self.entries.remove(ifindex).map(|old| old.eni));
+            }
         }
         Ok(())
+    }
+
+    fn write_entry(&mut self, ifindex: u32, entry: abi::Interface) -> Result<Option<abi::Interface>, ApplyError> {
+        self.maps.writes += 1;
+        let written = self.maps.interfaces.insert(ifindex, entry, 0);
+        written.map_err(|error| DatapathError::Write { map: "INTERFACES", error })?;
+        if entry.born == 0 {
+            self.born.remove(&ifindex)
+        } else {
+            self.born.insert(ifindex)
+        };
+        self.rewritten.insert(ifindex);
+        Ok(self.entries.insert(ifindex, entry))
     }
 
     pub(super) fn add_secondaries(&mut self, secondaries: &BTreeSet<(u32, IpAddr)>) -> Result<(), ApplyError> {
@@ -92,13 +123,12 @@ impl Applier {
         Ok(())
     }
 
-    fn remove_secondaries(&mut self, staying: &BTreeSet<(u32, IpAddr)>) -> Result<(), ApplyError> {
+    fn remove_secondaries(&mut self, gone: &[(u32, IpAddr)]) -> Result<(), ApplyError> {
         let failed = |error| DatapathError::Write { map: "SECONDARIES", error };
-        let gone: Vec<_> = self.secondaries.difference(staying).copied().collect();
         for own in gone {
             self.maps.writes += 1;
-            absent_is_fine(self.maps.secondaries.remove(&own_key(&own))).map_err(failed)?;
-            self.secondaries.remove(&own);
+            absent_is_fine(self.maps.secondaries.remove(&own_key(own))).map_err(failed)?;
+            self.secondaries.remove(own);
         }
         Ok(())
     }
@@ -108,12 +138,10 @@ impl Applier {
     /// before this. Worst: its flow is picked up by the old members; it carries their count ([`abi::Config::world`]), so that under
     /// `--on-revoke=cut` its next packet ends it.
     pub(super) fn end_births(&mut self) -> Result<(), ApplyError> {
-        for (ifindex, entry) in self.entries.iter_mut().filter(|(_, entry)| entry.born != 0) {
-            let ended = abi::Interface { born: 0, ..*entry };
-            let failed = |error| DatapathError::Write { map: "INTERFACES", error };
-            self.maps.writes += 1;
-            self.maps.interfaces.insert(ifindex, ended, 0).map_err(failed)?;
-            *entry = ended;
+        for ifindex in self.born.clone() {
+            if let Some(&entry) = self.entries.get(&ifindex) {
+                self.write_entry(ifindex, abi::Interface { born: 0, ..entry })?;
+            }
         }
         Ok(())
     }
@@ -175,8 +203,8 @@ impl Applier {
 /// Own addresses beyond those that stand in the entries, and delegated prefixes, by number as `SECONDARIES` has them.
 fn secondaries(desired: &Desired, entries: &Entries) -> BTreeSet<(u32, IpAddr)> {
     let mut secondaries = BTreeSet::new();
-    for (ifindex, interface) in &desired.interfaces {
-        let Some(entry) = entries.get(ifindex) else { continue };
+    for (ifindex, entry) in entries {
+        let Some(interface) = desired.interfaces.get(ifindex) else { continue };
         let primary = [entry.ipv4, entry.ipv6];
         let others = interface.addresses.iter().filter(|&&address| !primary.contains(&address.into()));
         secondaries.extend(others.map(|&address| (entry.eni, address)));
@@ -185,7 +213,7 @@ fn secondaries(desired: &Desired, entries: &Entries) -> BTreeSet<(u32, IpAddr)> 
     secondaries
 }
 
-pub(super) fn own_key(&(eni, address): &(u32, IpAddr)) -> OwnKey {
+fn own_key(&(eni, address): &(u32, IpAddr)) -> OwnKey {
     OwnKey { eni, address: address.into() }
 }
 

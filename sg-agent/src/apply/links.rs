@@ -9,6 +9,7 @@ use super::Applier;
 use crate::discovery::Link;
 use crate::model::Warning;
 use crate::resolve::Desired;
+use crate::sharing::Set;
 
 impl Applier {
     pub(super) fn is_adopted(&self, ifindex: u32) -> bool {
@@ -28,16 +29,13 @@ impl Applier {
         named.collect()
     }
 
-    /// Interfaces that are to be enforced and have no program of ours yet.
-    pub(super) fn unhooked<'a>(&'a self, desired: &'a Desired) -> impl Iterator<Item = (u32, String)> + 'a {
-        desired
-            .interfaces
-            .iter()
-            .filter(|(ifindex, _)| !self.hooks.contains_key(ifindex))
-            .map(|(&ifindex, interface)| (ifindex, interface.link.clone()))
+    /// Interfaces at these links that are to be enforced and have no program of ours yet.
+    pub(super) fn unhooked(&self, links: &BTreeSet<u32>, desired: &Desired) -> Vec<(u32, String)> {
+        let unhooked = links.iter().filter(|ifindex| !self.hooks.contains_key(ifindex));
+        unhooked.filter_map(|&ifindex| Some((ifindex, desired.interfaces.get(&ifindex)?.link.clone()))).collect()
     }
 
-    pub(super) fn hook(&mut self, links: &[(u32, String)], warnings: &mut BTreeSet<Warning>) {
+    pub(super) fn hook(&mut self, links: &[(u32, String)], warnings: &mut Set<Warning>) {
         for (ifindex, name) in links {
             match self.datapath.attach(*ifindex, name) {
                 Ok(hook) => {
@@ -52,9 +50,8 @@ impl Applier {
     }
 
     /// Takes programs off links that are no instance's any more.
-    pub(super) fn unhook(&mut self, desired: &Desired, warnings: &mut BTreeSet<Warning>) {
-        let gone: Vec<u32> =
-            self.hooks.keys().filter(|ifindex| !desired.interfaces.contains_key(ifindex)).copied().collect();
+    pub(super) fn unhook(&mut self, links: &BTreeSet<u32>, desired: &Desired, warnings: &mut Set<Warning>) {
+        let gone = links.iter().copied().filter(|ifindex| !desired.interfaces.contains_key(ifindex));
         for ifindex in gone {
             if let Some(hook) = self.hooks.remove(&ifindex)
                 && let Err(error) = hook.detach()
@@ -65,7 +62,7 @@ impl Applier {
     }
 
     /// The same for what an earlier agent left.
-    pub(super) fn unhook_earlier(&self, desired: &Desired, warnings: &mut BTreeSet<Warning>) {
+    pub(super) fn unhook_earlier(&self, desired: &Desired, warnings: &mut Set<Warning>) {
         let Some(pins) = self.datapath.pins() else { return };
         let left = pins.attached().unwrap_or_default();
         for ifindex in left.into_iter().filter(|ifindex| !desired.interfaces.contains_key(ifindex)) {

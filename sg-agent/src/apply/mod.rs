@@ -3,8 +3,13 @@
 //! Everything that may fail for want of room is tried before anything changes: new policies are compiled, counted and
 //! written beside the old ones, and only then do the words flip that put them in force. A change that doesn't fit is
 //! refused whole, and what stood before goes on standing.
+//!
+//! What a change costs is what it changes: [`change::Change`] says which parts of the desired state may be other than the
+//! last one's, and all that follows looks at those alone. After a failure that is everything, compared with what was
+//! written, entry by entry.
 
 mod bindings;
+mod change;
 mod interfaces;
 mod links;
 mod members;
@@ -19,10 +24,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use sg_common::abi::{self, Config};
+use sg_common::abi::{self, Config, Member};
 
-use bindings::{Bound, MOST_BOUND, Staged};
-use members::{Members, Referenced};
+use bindings::{Bound, MOST_BOUND, References, Staged};
+use change::Change;
+use members::Wanted;
 pub use policies::Usage;
 use policies::{Store, Written};
 use published::Published;
@@ -34,7 +40,8 @@ pub use verify::Repair;
 use crate::compile::CompileError;
 use crate::datapath::{Datapath, DatapathError, Hook, Maps};
 use crate::model::Warning;
-use crate::resolve::{Desired, PolicyKey};
+use crate::resolve::{Desired, Place, PolicyKey};
+use crate::sharing::Table;
 use crate::tables::InMemory;
 
 /// Why a change was refused.
@@ -91,6 +98,8 @@ pub struct Applier {
     config: Config,
     store: Store,
     bound: BTreeMap<PolicyKey, Bound>,
+    /// The references of the policies in force.
+    referenced: References,
     slots: Numbers,
     enis: Numbers,
     /// Numbers of interfaces that are gone; their flows go before another gets them.
@@ -101,6 +110,10 @@ pub struct Applier {
     tables: InMemory,
     /// What `INTERFACES` holds, the same way.
     entries: BTreeMap<u32, abi::Interface>,
+    /// Those of them with flows that may be picked up ([`abi::Interface::born`]).
+    born: BTreeSet<u32>,
+    /// Those that were written since the last snapshot.
+    rewritten: BTreeSet<u32>,
     /// What `SECONDARIES` holds.
     secondaries: BTreeSet<(u32, IpAddr)>,
     retired: Vec<Written>,
@@ -114,10 +127,22 @@ pub struct Applier {
     epoch: u32,
     snapshot: Arc<Snapshot>,
     /// What was last brought about; none while a change is under way, or after one that failed.
-    last: Option<Desired>,
+    last: Option<Last>,
     /// What was refused since then, and why: clients who have rules read anew would have it compiled each time.
     refused: Option<(Desired, ApplyError)>,
+    /// Links of a change that failed may have programs.
+    strays: bool,
     started: bool,
+}
+
+/// A state that came about.
+#[derive(Debug)]
+struct Last {
+    desired: Desired,
+    /// Own addresses of all its interfaces.
+    own: usize,
+    /// Its interfaces without programs.
+    unhooked: BTreeSet<u32>,
 }
 
 impl Applier {
@@ -140,12 +165,15 @@ impl Applier {
             config: Config { layout: abi::LAYOUT, ..config },
             store: Store::default(),
             bound: BTreeMap::new(),
+            referenced: References::default(),
             slots: Numbers::new(1..abi::MAX_BINDINGS),
             enis,
             departed: BTreeSet::new(),
             hooks: BTreeMap::new(),
             tables: InMemory::default(),
             entries: BTreeMap::new(),
+            born: BTreeSet::new(),
+            rewritten: BTreeSet::new(),
             secondaries: BTreeSet::new(),
             retired: Vec::new(),
             vacated: Vec::new(),
@@ -156,6 +184,7 @@ impl Applier {
             snapshot: Arc::default(),
             last: None,
             refused: None,
+            strays: false,
             started: false,
         }
     }
@@ -200,13 +229,24 @@ impl Applier {
             return self.commit(desired, complete);
         }
         let mut fresh = desired.clone();
-        fresh.interfaces.retain(|&ifindex, _| !self.is_adopted(ifindex) || self.hooks.contains_key(&ifindex));
+        for &ifindex in desired.interfaces.keys() {
+            if self.is_adopted(ifindex) && !self.hooks.contains_key(&ifindex) {
+                fresh.interfaces.remove(&ifindex);
+            }
+        }
         self.commit(&fresh, false)
+    }
+
+    /// Whether everything was brought about once: what an earlier agent left counts for nothing any more.
+    pub(crate) fn is_started(&self) -> bool {
+        self.started
     }
 
     /// Whether there is nothing to do.
     fn is_enforced(&self, desired: &Desired) -> bool {
-        self.started && self.last.as_ref() == Some(desired) && self.is_hooked(desired)
+        self.started
+            && !self.strays
+            && self.last.as_ref().is_some_and(|last| last.desired == *desired && last.unhooked.is_empty())
     }
 
     fn is_hooked(&self, desired: &Desired) -> bool {
@@ -214,17 +254,24 @@ impl Applier {
     }
 
     fn commit(&mut self, desired: &Desired, complete: bool) -> Result<Arc<Snapshot>, ApplyError> {
+        let committed = self.try_commit(desired, complete);
+        self.strays = committed.is_err();
+        committed
+    }
+
+    fn try_commit(&mut self, desired: &Desired, complete: bool) -> Result<Arc<Snapshot>, ApplyError> {
         // New links first, also where the change is going to be refused: until their entry is written, the programs on
         // them drop everything.
         let mut warnings = desired.warnings.clone();
+        let links = self.links(desired);
         let (fresh, adopted): (Vec<_>, Vec<_>) =
-            self.unhooked(desired).partition(|&(ifindex, _)| !self.is_adopted(ifindex));
+            self.unhooked(&links, desired).into_iter().partition(|&(ifindex, _)| !self.is_adopted(ifindex));
         self.hook(&fresh, &mut warnings);
-        let members = members::of(desired)?;
-        check_counts(desired, &members)?;
-        let staged = self.stage(desired)?;
+        let change = self.change(desired)?;
+        check_counts(&change)?;
+        let staged = self.stage(&change)?;
         let prior = self.last.take();
-        if let Err(error) = self.replace(desired, &members, staged) {
+        if let Err(error) = self.replace(&change, staged) {
             if let Some(prior) = prior {
                 self.unwind(prior);
             }
@@ -233,7 +280,7 @@ impl Applier {
 
         // Links that an earlier agent enforces change over when everything is in place.
         self.hook(&adopted, &mut warnings);
-        self.unhook(desired, &mut warnings);
+        self.unhook(&links, desired, &mut warnings);
         if complete && !self.started {
             self.unhook_earlier(desired, &mut warnings);
             self.depart_earlier();
@@ -243,79 +290,97 @@ impl Applier {
             }
             self.started = true;
         }
-        self.last = Some(desired.clone());
         self.snapshot = Arc::new(Snapshot {
             generation: self.snapshot.generation + 1,
-            interfaces: self.enforced(desired),
+            interfaces: self.enforced(&change, &links),
             policies: desired.policies.clone(),
             tables: InMemory { config: self.config, ..self.tables.clone() },
             warnings,
             usage: self.store.usage(),
         });
+        let unhooked = self.unhooked(&links, desired).into_iter().map(|(ifindex, _)| ifindex).collect();
+        self.last = Some(Last { desired: desired.clone(), own: change.own, unhooked });
         Ok(self.snapshot())
     }
 
     /// Puts staged policies in force, with all that belongs to them.
-    fn replace(&mut self, desired: &Desired, members: &Members, staged: Staged) -> Result<(), ApplyError> {
+    fn replace(&mut self, change: &Change, staged: Staged) -> Result<(), ApplyError> {
         self.audit = None;
         self.unsettled = true;
         // Who leaves a group is out before rules change, who joins is in after, and after an address has left the
         // interface that had it: in between, nobody is allowed what neither the old state nor the new one allows.
-        let referenced = (self.referenced(), self.referenced_by(desired, &staged));
-        if let Err(error) = self.withdraw(desired, members, (&referenced.0, &referenced.1)) {
+        if let Err(error) = self.withdraw(change, &staged) {
             self.unstage(&staged);
             return Err(error);
         }
         self.bind(staged);
-        self.write_interfaces(desired)?;
-        self.write_members(members)?;
-        self.unbind(desired);
+        self.write_interfaces(change)?;
+        self.write_members(&change.members)?;
+        self.unbind(change);
         Ok(())
     }
 
     /// Brings back what stood before a change that failed in its middle. Links that it brought stay closed.
-    fn unwind(&mut self, prior: Desired) {
-        let members = members::of(&prior);
-        let replaced = members.and_then(|members| {
-            let staged = self.stage(&prior)?;
-            self.replace(&prior, &members, staged)
+    fn unwind(&mut self, prior: Last) {
+        let replaced = self.change(&prior.desired).and_then(|change| {
+            let staged = self.stage(&change)?;
+            self.replace(&change, staged)?;
+            Ok(self.enforced(&change, &BTreeSet::new()))
         });
-        if let Err(error) = replaced {
-            tracing::error!(%error, "what stood before a change that failed can't be brought back whole; trying again");
-            return;
+        match replaced {
+            Ok(interfaces) => {
+                self.snapshot = Arc::new(Snapshot {
+                    generation: self.snapshot.generation + 1,
+                    interfaces,
+                    tables: InMemory { config: self.config, ..self.tables.clone() },
+                    usage: self.store.usage(),
+                    ..Snapshot::clone(&self.snapshot)
+                });
+                self.last = Some(prior);
+            }
+            Err(error) => {
+                tracing::error!(%error, "what stood before a change that failed can't be brought back whole; trying again");
+            }
         }
-        self.snapshot = Arc::new(Snapshot {
-            generation: self.snapshot.generation + 1,
-            interfaces: self.enforced(&prior),
-            tables: InMemory { config: self.config, ..self.tables.clone() },
-            usage: self.store.usage(),
-            ..Snapshot::clone(&self.snapshot)
-        });
-        self.last = Some(prior);
     }
 
     /// Takes away the memberships and services that the new state doesn't have.
-    fn withdraw(
-        &mut self,
-        desired: &Desired,
-        members: &Members,
-        referenced: (&Referenced, &Referenced),
-    ) -> Result<(), ApplyError> {
-        if members::are_lost(&self.tables.members, members) {
+    fn withdraw(&mut self, change: &Change, staged: &Staged) -> Result<(), ApplyError> {
+        let standing = &self.tables.members;
+        let is_lost = |(place, new): &(Place, Option<Member>)| {
+            standing.get(place).is_some_and(|old| members::is_lost(old, new.as_ref()))
+        };
+        let ends_births = change.members.iter().any(is_lost);
+        let new = self.new_references(change, staged);
+        let before = |group| self.referenced.of(group) > 0;
+        let after = |group| self.referenced.of(group) + new.of(group) > 0;
+        let stay = |(place, new): &(Place, Option<Member>)| {
+            (*place, members::between(standing.get(place), new.as_ref(), before, after))
+        };
+        let staying: Wanted = change.members.iter().map(stay).collect();
+        if ends_births {
             self.end_births()?;
         }
-        let staying = members::between(&self.tables.members, members, referenced);
         self.write_members(&staying)?;
-        self.write_exempt(desired)
+        self.write_exempt(change.desired)
     }
 
     /// The desired interfaces as they are enforced now.
-    fn enforced(&self, desired: &Desired) -> BTreeMap<u32, Enforced> {
-        let enforced = desired.interfaces.iter().filter_map(|(ifindex, interface)| {
-            let (interface, entry) = (interface.clone(), *self.entries.get(ifindex)?);
-            Some((*ifindex, Enforced { interface, entry, attached: self.hooks.contains_key(ifindex) }))
-        });
-        enforced.collect()
+    fn enforced(&mut self, change: &Change, links: &BTreeSet<u32>) -> Table<u32, Enforced> {
+        let mut enforced = self.snapshot.interfaces.clone();
+        let known: Vec<u32> = if change.is_whole { enforced.keys().copied().collect() } else { Vec::new() };
+        let rewritten = std::mem::take(&mut self.rewritten);
+        for ifindex in known.iter().chain(&rewritten).chain(&change.interfaces).chain(links) {
+            let interface = change.desired.interfaces.shared(ifindex);
+            match interface.zip(self.entries.get(ifindex)) {
+                Some((interface, &entry)) => {
+                    let (interface, attached) = (Arc::clone(interface), self.hooks.contains_key(ifindex));
+                    enforced.insert(*ifindex, Enforced { interface, entry, attached });
+                }
+                None => drop(enforced.remove(ifindex)),
+            }
+        }
+        enforced
     }
 
     /// Removes what no program can be reading any more: old policies, and the flows of interfaces that are gone.
@@ -392,12 +457,11 @@ impl Applier {
     }
 }
 
-fn check_counts(desired: &Desired, members: &Members) -> Result<(), ApplyError> {
-    let addresses =
-        desired.interfaces.values().map(|interface| interface.addresses.len() + interface.prefixes.len()).sum();
+fn check_counts(change: &Change) -> Result<(), ApplyError> {
+    let desired = change.desired;
     check("interfaces", desired.interfaces.len(), abi::MAX_INTERFACES)?;
-    check("members' addresses", members.len(), abi::MAX_MEMBERS)?;
-    check("own addresses", addresses, abi::MAX_SECONDARIES)?;
+    check("members' addresses", desired.members.len(), abi::MAX_MEMBERS)?;
+    check("own addresses", change.own, abi::MAX_SECONDARIES)?;
     check("exempt services", desired.exempt.len(), abi::MAX_EXEMPT)?;
     check("group sets and network ACLs", desired.policies.len(), MOST_BOUND)
 }

@@ -196,6 +196,8 @@ impl Written {
         let table = self.compiled.table(direction);
         let id = abi::table(self.number, direction);
         maps.writes += entries(table);
+        let start = self.start_of(direction);
+        maps.reach_rules(start..start + table.lines.len() as u32)?;
         for (place, word) in self.words(direction) {
             maps.rules.store(place, word);
         }

@@ -6,15 +6,17 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::net::IpAddr;
 
 use aya::maps::{IterableMap as _, MapError};
 use sg_common::abi::{self, ExemptKey, Interface, Member, MemberKey, OwnKey, Policy, ReferenceKey};
+use sg_common::policy::Tables as _;
 
-use super::interfaces::own_key;
 use super::policies::{self, Written};
 use super::services::exempt_key;
 use super::{Applier, ApplyError, bindings, members};
 use crate::datapath::{DatapathError, Fault, Scan, absent_is_fine};
+use crate::exempt::Service;
 
 /// Entries of one map that are looked at in one go, which takes a few milliseconds.
 const PART: usize = 16_384;
@@ -33,9 +35,6 @@ pub struct Repair {
 /// How far the maps have been looked at since they last changed.
 #[derive(Debug, Default)]
 pub(super) struct Audit {
-    members: HashMap<MemberKey, Member>,
-    own: HashMap<OwnKey, u32>,
-    exempt: HashMap<ExemptKey, u32>,
     /// How many references the policies in force have.
     references: usize,
     scans: Scans,
@@ -145,16 +144,13 @@ impl Applier {
 
     fn expectations(&self) -> Audit {
         Audit {
-            members: self.tables.members.iter().map(|(place, member)| (members::key(place), *member)).collect(),
-            own: self.secondaries.iter().map(|own| (own_key(own), 1)).collect(),
-            exempt: self.tables.exempt.iter().map(|place| (exempt_key(place), 1)).collect(),
             references: self.tables.policies.values().map(|policy| policy.referenced().count()).sum(),
             scans: Scans::default(),
         }
     }
 
     fn verify_entries(&mut self, audit: &mut Audit, repairs: &mut Vec<Repair>) -> Result<(), ApplyError> {
-        let Audit { members, own, exempt, references, scans } = audit;
+        let Audit { references, scans } = audit;
 
         /// Reads a part of a map: entries that nobody wrote go, and those that are missing or different are written.
         macro_rules! verify {
@@ -217,8 +213,8 @@ impl Applier {
             members,
             MemberKey,
             Member,
-            |key: &MemberKey| members.get(key).copied(),
-            members.len(),
+            |key: &MemberKey| self.tables.membership(key.vpc, &key.address).copied(),
+            self.tables.members.len(),
             Self::restore_members
         );
         verify!(
@@ -227,8 +223,8 @@ impl Applier {
             own,
             OwnKey,
             u32,
-            |key: &OwnKey| own.get(key).copied(),
-            own.len(),
+            |key: &OwnKey| self.secondaries.contains(&(key.eni, IpAddr::from(key.address))).then_some(1),
+            self.secondaries.len(),
             |applier| {
                 let secondaries = std::mem::take(&mut applier.secondaries);
                 applier.add_secondaries(&secondaries)
@@ -240,8 +236,12 @@ impl Applier {
             exempt,
             ExemptKey,
             u32,
-            |key: &ExemptKey| exempt.get(key).copied(),
-            exempt.len(),
+            |key: &ExemptKey| {
+                let service = Service { address: key.address.into(), protocol: key.protocol, port: key.port };
+                let place = (key.vpc, service);
+                (exempt_key(&place) == *key && self.tables.exempt.contains(&place)).then_some(1)
+            },
+            self.tables.exempt.len(),
             |applier| {
                 for place in &applier.tables.exempt {
                     let failed = |error| DatapathError::Write { map: "EXEMPT", error };

@@ -46,7 +46,7 @@ use self::state::Desk;
 use self::verify::Repairs;
 use crate::apply::{Applier, Snapshot};
 use crate::datapath::{Datapath, Pins};
-use crate::discovery;
+use crate::discovery::{self, Attachment};
 use crate::early::EarlyDrop;
 use crate::gateway::{self, Gateway};
 use crate::launcher;
@@ -216,6 +216,7 @@ pub async fn run(options: Options) -> Result<()> {
         launcher,
         launched: None,
         view: View::default(),
+        attachments: Arc::default(),
         world: World::new(),
         desk: Desk::default(),
         commits: Commits::default(),
@@ -334,6 +335,8 @@ struct Daemon {
     /// The launcher's outcome that was published last.
     launched: Option<Arc<launcher::State>>,
     view: View,
+    /// What is attached, as the resolver knows it.
+    attachments: Arc<[Attachment]>,
     world: World,
     desk: Desk,
     commits: Commits,
@@ -396,6 +399,9 @@ impl Daemon {
                 (attachment.account, attachment.region) = (None, None);
             }
         }
+        if *self.attachments != *self.view.discovered.attachments {
+            self.attachments = self.view.discovered.attachments.clone().into();
+        }
         self.want();
     }
 
@@ -416,7 +422,7 @@ impl Daemon {
         let mut is_other = poller.standing() != before;
         match read {
             Some((scope, mut inventory)) => {
-                let last = self.world.remove(&scope).unwrap_or_default();
+                let last = self.world.get(&scope).cloned().unwrap_or_default();
                 if self.unknown != Unknown::Deny && matches!(self.pollers.origins, Origins::Endpoint(_)) {
                     let here = self.view.discovered.attachments.iter().map(|attachment| &attachment.instance);
                     inventory.keep_lost(&last, here);
@@ -449,8 +455,9 @@ impl Daemon {
     /// From what is known to what is enforced.
     async fn reconcile(&mut self) {
         let own = self.pollers.own_scope();
-        let desired = self.resolver.resolve(&self.world, &own, &self.view.discovered.attachments);
-        let complete = self.is_complete();
+        let desired = self.resolver.resolve(&self.world, &own, &self.attachments);
+        // Once it was complete, nobody asks again.
+        let complete = self.applier.is_started() || self.is_complete();
         let applied = tokio::task::block_in_place(|| {
             let applied = self.applier.apply(&desired, complete);
             // A port of an enforced bridge is admitted when its programs are there, and waits for nothing else.
@@ -481,7 +488,7 @@ impl Daemon {
             && self.view.error.is_none()
             && self.pollers.running.values().all(|poller| poller.last_success().is_some())
             && self.pollers.running.values().all(|poller| poller.unread_groups().is_empty())
-            && self.view.discovered.attachments.iter().all(|attachment| !self.is_new(&attachment.instance.0))
+            && self.view.discovered.attachments.iter().all(|attachment| !self.is_unasked(&attachment.instance))
     }
 
     fn sweep(&mut self) {

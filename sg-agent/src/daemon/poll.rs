@@ -86,6 +86,7 @@ impl Poller {
         let asking = Arc::clone(&asked);
         let task = tokio::spawn(async move {
             let mut pace = Pace::new(interval);
+            let mut last = Inventory::default();
             loop {
                 let began = Instant::now();
                 let asked_for = wishes.borrow_and_update().clone();
@@ -94,7 +95,8 @@ impl Poller {
                 let is_poll = asked == 0 || began >= pace.due();
                 let extent = extent(asked, is_poll);
                 let wanted = Wanted { extent, ..asked_for.clone() };
-                let result = ec2.inventory(&wanted).await.map(|inventory| (ec2.scope().clone(), inventory));
+                let read = ec2.inventory(&wanted).await;
+                let result = read.map(|inventory| (ec2.scope().clone(), shared(inventory, &mut last)));
                 pace.note(began, began.elapsed(), is_poll, result.is_ok());
                 let has_failed = result.is_err();
                 let is_complete = asked != 0 || result.is_err() || !ec2.lacks_ids();
@@ -131,13 +133,14 @@ impl Poller {
         let (name, its_scope) = (path.display().to_string(), scope.clone());
         let task = tokio::spawn(async move {
             let mut seen = None;
+            let mut last = Inventory::default();
             loop {
                 let began = Instant::now();
                 // Before the read: a change in the middle of it is seen the next time.
                 let stamp = stamp(&path).await;
                 let asked_for = wishes.borrow_and_update().clone();
                 let loaded = tokio::task::block_in_place(|| RulesFile::load(&path));
-                let result = loaded.map(|inventory| (its_scope.clone(), inventory));
+                let result = loaded.map(|inventory| (its_scope.clone(), shared(inventory, &mut last)));
                 let polled =
                     Box::new(Polled { hint: hint.clone(), began, asked_for, extent: Extent::Everything, result });
                 if events.send(Event::Polled(polled)).await.is_err() {
@@ -300,6 +303,14 @@ impl Poller {
             error: self.error.clone(),
         }
     }
+}
+
+/// What was read, sharing with what was read last whatever is the same. It costs as much as the answer is long, so it
+/// is done here: the daemon's task sees only what differs.
+fn shared(mut read: Inventory, last: &mut Inventory) -> Inventory {
+    read.share(last);
+    last.clone_from(&read);
+    read
 }
 
 /// What is asked for before anything is attached.

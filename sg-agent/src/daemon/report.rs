@@ -40,9 +40,9 @@ impl Daemon {
 
     fn warnings(&self) -> BTreeSet<Warning> {
         let snapshot = self.applier.snapshot();
-        let mut warnings = snapshot.warnings.clone();
         // An instance that no poll has asked for yet isn't unknown, only new.
-        warnings.retain(|warning| !self.is_new(&warning.subject) && !self.is_leaving(&warning.subject));
+        let is_told = |warning: &&Warning| !self.is_new(&warning.subject) && !self.is_leaving(&warning.subject);
+        let mut warnings: BTreeSet<Warning> = snapshot.warnings.iter().filter(is_told).cloned().collect();
         warnings.extend(self.view.discovered.warnings.iter().chain(&self.poller_warnings).cloned());
         let by_proxy = self.proxy_warnings.iter().filter(|warning| !self.is_expected(&warning.subject));
         warnings.extend(by_proxy.chain(&self.gateway_warning).cloned());
@@ -52,10 +52,13 @@ impl Daemon {
     }
 
     pub(super) fn is_new(&self, subject: &str) -> bool {
-        self.view.discovered.attachments.iter().any(|attachment| {
-            *attachment.instance.0 == *subject
-                && self.pollers.running.values().all(|poller| !poller.has_asked_for(&attachment.instance))
-        })
+        let is_it = |attachment: &&Attachment| *attachment.instance.0 == *subject;
+        self.view.discovered.attachments.iter().find(is_it).is_some_and(|found| self.is_unasked(&found.instance))
+    }
+
+    /// Whether no poll has asked for an instance yet.
+    pub(super) fn is_unasked(&self, instance: &InstanceId) -> bool {
+        self.pollers.running.values().all(|poller| !poller.has_asked_for(instance))
     }
 
     /// Whether it is a terminated instance whose containers the launcher removes: it tells if it can't.
@@ -102,7 +105,8 @@ impl Daemon {
         let unlooked = self.view.looked.is_none().then(|| "containers and links were not looked at yet".to_owned());
         let unattached = snapshot.interfaces.values().filter(|enforced| !enforced.attached);
         let unattached = unattached.map(|enforced| format!("link {} is not enforced", enforced.interface.link));
-        let unasked = self.view.discovered.attachments.iter().filter(|attachment| self.is_new(&attachment.instance.0));
+        let unasked =
+            self.view.discovered.attachments.iter().filter(|attachment| self.is_unasked(&attachment.instance));
         let unasked = unasked.map(|attachment| format!("instance {} was not read yet", attachment.instance));
         let unread = self.pollers.running.values().flat_map(Poller::unread_groups);
         let unread = unread.map(|group| format!("security group {group} was not read yet"));

@@ -1,6 +1,7 @@
 //! The maps by their types. Writing rules through them is `apply`'s alone.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, IterableMap as _, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
@@ -27,7 +28,7 @@ pub struct Maps {
     pub(super) bindings_map: MapData,
     /// Policies' headers.
     pub policies: Array<MapData, Policy>,
-    /// What the headers lead to: lines of [`abi::LINE_WORDS`] words.
+    /// What the headers lead to: lines of [`abi::LINE_WORDS`] words; see [`Maps::reach_rules`].
     pub rules: MappedWords,
     /// The map behind `rules`: programs that are loaded later refer to it.
     _rules_map: MapData,
@@ -67,11 +68,15 @@ impl Maps {
         let bindings_map = array(ebpf, "BINDINGS")?;
         let rules_map = array(ebpf, "RULES")?;
         let edition_map = array(ebpf, "EDITION")?;
+        let bindings = mapped(&bindings_map, "BINDINGS", abi::MAX_BINDINGS)?;
+        reach(&bindings, "BINDINGS", 0..abi::MAX_BINDINGS)?;
+        let edition = mapped(&edition_map, "EDITION", 1)?;
+        reach(&edition, "EDITION", 0..1)?;
         Ok(Self {
             writes: 0,
             config: typed(ebpf, "CONFIG")?,
-            interfaces: Interfaces::new(typed(ebpf, "INTERFACES")?, mapped(&edition_map, "EDITION", 1)?, edition_map),
-            bindings: mapped(&bindings_map, "BINDINGS", abi::MAX_BINDINGS)?,
+            interfaces: Interfaces::new(typed(ebpf, "INTERFACES")?, edition, edition_map),
+            bindings,
             bindings_map,
             policies: typed(ebpf, "POLICIES")?,
             rules: mapped(&rules_map, "RULES", abi::RULE_LINES * LINE_WORDS as u32)?,
@@ -105,6 +110,14 @@ impl Maps {
     /// The kernel's.
     pub fn set_config(&mut self, config: &Config) -> Result<(), DatapathError> {
         self.config.set(0, config, 0).map_err(|error| DatapathError::Write { map: "CONFIG", error })
+    }
+
+    /// Makes lines of rules ready to be written.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn reach_rules(&self, lines: Range<u32>) -> Result<(), DatapathError> {
+        reach(&self.rules, "RULES", lines.start * LINE_WORDS as u32..lines.end * LINE_WORDS as u32)
     }
 
     /// All counters, summed over the CPUs: (interface's number, direction, reason's number).
@@ -244,4 +257,8 @@ fn array(ebpf: &mut Ebpf, name: &'static str) -> Result<MapData, DatapathError> 
 
 fn mapped(data: &MapData, name: &'static str, words: u32) -> Result<MappedWords, DatapathError> {
     MappedWords::new(data.fd(), words as usize).map_err(|error| DatapathError::Mmap { map: name, error })
+}
+
+fn reach(words: &MappedWords, name: &'static str, range: Range<u32>) -> Result<(), DatapathError> {
+    words.reach(range).map_err(|error| DatapathError::Mmap { map: name, error })
 }

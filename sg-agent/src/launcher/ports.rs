@@ -195,7 +195,7 @@ pub(super) fn wanted(snapshot: &Snapshot, instance: &InstanceId, exposed: &BTree
     let mut ports = BTreeSet::new();
     let interfaces = snapshot.interfaces.values().map(|enforced| &enforced.interface);
     for interface in interfaces.filter(|interface| interface.instance == *instance && interface.eni.is_some()) {
-        let Some(Spec::Groups(groups)) = snapshot.policies.get(&interface.policy).map(|spec| &**spec) else { continue };
+        let Some(Spec::Groups(groups)) = snapshot.policies.get(&interface.policy) else { continue };
         for rule in groups.ingress.iter().filter(|rule| matches!(rule.peers, Peers::Networks(_))) {
             ports.extend(of_rule(rule.traffic, exposed));
         }

@@ -1,9 +1,11 @@
 //! A control plane that has begun anew: what it knew of instances that still run here. Owns when that is so, and what of
 //! the last inventory goes on; whether it is wanted is `--unknown`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use super::{Eni, InstanceId, Inventory, PeeredVpc, Warning};
+use crate::sharing::Table;
 
 impl Inventory {
     /// Completes this inventory by the last one, where an instance of `here` was in it and is nowhere now. No control
@@ -25,9 +27,14 @@ impl Inventory {
         };
         let peerings = last.peerings.iter().filter(|peering| is_theirs(&peering.one) || is_theirs(&peering.other));
         self.peerings.extend(peerings.cloned());
-        self.instances.extend(lost.iter().map(|id| ((*id).clone(), last.instances[*id].clone())));
+        for id in &lost {
+            last.instances
+                .shared(id)
+                .into_iter()
+                .for_each(|it| self.instances.insert_shared((*id).clone(), it.clone()));
+        }
         for eni in enis {
-            self.enis.entry(eni.id.clone()).or_insert_with(|| eni.clone());
+            complete_by(&mut self.enis, &last.enis, &eni.id);
         }
         complete(&mut self.groups, &last.groups);
         complete(&mut self.prefix_lists, &last.prefix_lists);
@@ -36,8 +43,6 @@ impl Inventory {
         complete(&mut self.acls, &last.acls);
         let lost: Vec<Warning> = lost.into_iter().map(warning).collect();
         self.warnings.extend(lost);
-        self.warnings.sort();
-        self.warnings.dedup();
     }
 }
 
@@ -50,11 +55,15 @@ fn warning(id: &InstanceId) -> Warning {
     }
 }
 
-fn complete<K: Ord + Clone, V: Clone>(now: &mut BTreeMap<K, V>, last: &BTreeMap<K, V>) {
-    for (key, value) in last {
-        if !now.contains_key(key) {
-            now.insert(key.clone(), value.clone());
-        }
+fn complete<K: Ord + Clone, V: Clone>(now: &mut Table<K, V>, last: &Table<K, V>) {
+    for key in last.keys() {
+        complete_by(now, last, key);
+    }
+}
+
+fn complete_by<K: Ord + Clone, V: Clone>(now: &mut Table<K, V>, last: &Table<K, V>, key: &K) {
+    if let Some(value) = last.shared(key).filter(|_| !now.contains_key(key)) {
+        now.insert_shared(key.clone(), Arc::clone(value));
     }
 }
 
@@ -119,7 +128,7 @@ mod tests {
         now.terminated.insert("i-2".into());
         let merged = kept(&now, &last, &["i-1"]);
         assert_eq!(merged.instances.keys().collect::<Vec<_>>(), [&InstanceId::from("i-1")]);
-        let left: Vec<EniId> = merged.enis.into_keys().collect();
+        let left: Vec<EniId> = merged.enis.keys().cloned().collect();
         assert_eq!(left, [EniId::from("eni-1")], "their addresses are nobody's");
     }
 

@@ -292,8 +292,7 @@ pub(super) fn behave(socket: &Socket) -> io::Result<()> {
 
 /// Connects to the instance within [`CONNECT_TIMEOUT`].
 async fn connect(server: SocketAddr, mark: u32) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(server), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_nonblocking(true)?;
+    let socket = Socket::new(Domain::for_address(server), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     behave(&socket)?;
     if mark != 0 {
         // Before the SYN: it is the packet that the programs look at.

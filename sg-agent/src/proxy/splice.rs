@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
-use nix::unistd::pipe2;
+use nix::unistd::{SysconfVar, pipe2, sysconf};
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
@@ -50,6 +50,8 @@ struct Pipe {
     reader: OwnedFd,
     writer: OwnedFd,
     capacity: usize,
+    /// How many pieces it holds, of one byte or of many: one for each page of its capacity (pipe(7)).
+    slots: usize,
     held: usize,
 }
 
@@ -58,16 +60,33 @@ impl Pipe {
         let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         let given = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(PIPE_BYTES as i32))
             .or_else(|_| fcntl(&writer, FcntlArg::F_GETPIPE_SZ))?;
-        Ok(Self { reader, writer, capacity: given as usize, held: 0 })
+        let page = sysconf(SysconfVar::PAGE_SIZE)?.unwrap_or(i64::MAX);
+        Ok(Self { reader, writer, capacity: given as usize, slots: (i64::from(given) / page) as usize, held: 0 })
     }
 
-    /// Moves what the socket has into the pipe; 0 is its end. The pipe must be empty: a full one would look like a
-    /// socket that has nothing.
-    fn fill(&mut self, from: &TcpStream) -> io::Result<usize> {
-        from.try_io(Interest::READABLE, || self.fill_now(from))
+    /// Moves what the socket has into the pipe, which must be empty: a full one would look like a socket that has nothing.
+    fn fill(&mut self, from: &TcpStream) -> io::Result<Filled> {
+        let mut without = Filled::NotAsked;
+        let filled = from.try_io(Interest::READABLE, || match self.fill_now(from) {
+            Ok(0) => Ok(Filled::End),
+            // Each slot takes a byte at least: the pipe isn't full, so the socket is empty. To say so now saves asking.
+            Ok(moved) if moved < self.slots => {
+                without = Filled::Last;
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+            Ok(_) => Ok(Filled::Some),
+            Err(error) => {
+                without = Filled::Last;
+                Err(error)
+            }
+        });
+        match filled {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(without),
+            filled => filled,
+        }
     }
 
-    /// The same, whether or not the socket is known to have anything.
+    /// The same, whether or not the socket is known to have anything; 0 is its end.
     fn fill_now(&mut self, from: &TcpStream) -> io::Result<usize> {
         debug_assert_eq!(self.held, 0);
         let moved = splice(from, &self.writer, self.capacity)?;
@@ -81,6 +100,19 @@ impl Pipe {
         self.held -= moved;
         Ok(moved)
     }
+}
+
+/// What came of filling a pipe.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Filled {
+    /// Bytes, and there may be more.
+    Some,
+    /// All that there was, which may be none.
+    Last,
+    /// Nothing has come since the last time.
+    NotAsked,
+    /// The source has closed.
+    End,
 }
 
 fn splice(from: &impl AsFd, to: &impl AsFd, most: usize) -> io::Result<usize> {
@@ -165,15 +197,15 @@ impl Half<'_> {
         loop {
             // Ready sockets never wait, and others want to run too.
             consume_budget().await;
-            let filled = self.pipe()?.fill(from);
+            let filled = self.pipe()?.fill(from)?;
+            self.drain().await?;
             match filled {
-                Ok(1..) => self.drain().await?,
-                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                Filled::Some => {}
                 // splice(2) stops before an urgent byte for ever (kernel: `tcp_read_sock`), be it that more comes, or
                 // that the end does.
-                _ if is_urgent(from) => self.pass_urgent().await?,
-                Ok(_) => return self.finish(),
-                Err(_) => {
+                Filled::Last | Filled::End if is_urgent(from) => self.pass_urgent().await?,
+                Filled::End => return self.finish(),
+                Filled::Last | Filled::NotAsked => {
                     self.release();
                     from.readable().await?;
                 }
@@ -227,7 +259,7 @@ impl Half<'_> {
         let (from, to) = (self.from, self.to);
         for _ in 0..MOST_FLUSHES {
             let Ok(pipe) = self.pipe() else { return };
-            if pipe.held == 0 && !matches!(pipe.fill(from), Ok(1..)) {
+            if pipe.held == 0 && !matches!(pipe.fill_now(from), Ok(1..)) {
                 return;
             }
             let Ok(moved) = pipe.drain(to) else { return };

@@ -1,6 +1,6 @@
 //! What comes of resolving: the state that the data path is to be brought to, as values.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -9,20 +9,24 @@ use ipnet::IpNet;
 
 use crate::exempt::Service;
 use crate::model::{AclId, EniId, GroupId, InstanceId, Peer, RuleId, Scope, Traffic, Warning};
+use crate::sharing::{Set, Table};
 
-/// The state that the data path is to be brought to.
+/// An address or delegated prefix, as seen from the VPC with this number.
+pub type Place = (u32, IpNet);
+
+/// The state that the data path is to be brought to. It shares with the last one whatever is the same.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Desired {
     /// Attached interfaces, by the index of the host-side link.
-    pub interfaces: BTreeMap<u32, Interface>,
+    pub interfaces: Table<u32, Interface>,
     /// The policies that they refer to.
-    pub policies: BTreeMap<PolicyKey, Arc<Spec>>,
+    pub policies: Table<PolicyKey, Spec>,
     /// What rules and ACLs ask of addresses and delegated prefixes, as seen from each VPC.
-    pub members: BTreeMap<(u32, IpNet), Membership>,
+    pub members: Table<Place, Membership>,
     /// Services that nothing filters (SG-4.1), in each VPC.
-    pub exempt: BTreeSet<(u32, Service)>,
+    pub exempt: Set<(u32, Service)>,
     /// What is enforced otherwise than somebody might expect.
-    pub warnings: BTreeSet<Warning>,
+    pub warnings: Set<Warning>,
 }
 
 /// Where an address, or every address of a delegated prefix, belongs.

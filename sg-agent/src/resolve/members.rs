@@ -1,169 +1,171 @@
 //! Who is in which referenced group, by address, and from where that is seen: VPCs and their peerings.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::place::{Delegated, Given, Placement};
-use super::{Desired, Peers, Resolver, Spec, World};
-use crate::model::{EniId, GroupId, Peer, PeeredVpc, Scope, VpcId};
+use super::desired::Place;
+use super::{EniKey, GroupKey, Membership, Round};
+use crate::model::{Eni, Scope, VpcId};
+use crate::sharing::Table;
 
-impl Resolver {
-    /// The private addresses and prefixes of every member of a referenced group, or of a subnet with an ACL, from each VPC
-    /// that can see them (SG-1.9, SG-1.12).
-    pub(super) fn members(
-        &mut self,
-        world: &World,
-        peerings: &Peerings,
-        placements: &[Placement],
-        given: &Given,
-        delegated: &Delegated,
-        desired: &mut Desired,
-    ) {
-        let referenced: BTreeSet<u32> = desired
-            .policies
-            .values()
-            .filter_map(|spec| match &**spec {
-                Spec::Groups(groups) => Some(groups.ingress.iter().chain(&groups.egress)),
-                Spec::Acl(_) => None,
-            })
-            .flatten()
-            .filter_map(|rule| match rule.peers {
-                Peers::Group(number) => Some(number),
-                Peers::Networks(_) => None,
-            })
-            .collect();
-        let asked: BTreeSet<u32> =
-            desired.interfaces.values().filter_map(|interface| interface.subnet_number).collect();
-        if referenced.is_empty() && asked.is_empty() {
+/// What rules and network ACLs ask about, each with how many ask.
+#[derive(Debug, Default)]
+pub(super) struct Asked {
+    /// Groups.
+    pub(super) groups: Counts,
+    /// Subnets.
+    pub(super) subnets: Counts,
+}
+
+/// How many ask about each number.
+#[derive(Debug, Default)]
+pub(super) struct Counts(BTreeMap<u32, usize>);
+
+impl Counts {
+    pub(super) fn contains(&self, number: u32) -> bool {
+        self.0.contains_key(&number)
+    }
+
+    /// One more asks; whether it is the first.
+    pub(super) fn add(&mut self, number: u32) -> bool {
+        let count = self.0.entry(number).or_default();
+        *count += 1;
+        *count == 1
+    }
+
+    /// One less asks; whether it was the last.
+    pub(super) fn take(&mut self, number: u32) -> bool {
+        let Some(count) = self.0.get_mut(&number) else { return false };
+        *count -= 1;
+        let is_last = *count == 0;
+        if is_last {
+            self.0.remove(&number);
+        }
+        is_last
+    }
+}
+
+/// What one interface contributes to memberships.
+#[derive(PartialEq, Debug)]
+pub(super) struct Contribution {
+    membership: Membership,
+    /// Its private addresses and prefixes.
+    places: Vec<IpNet>,
+    /// The VPCs from which they are seen.
+    seers: Vec<u32>,
+}
+
+impl Contribution {
+    fn seen(&self) -> impl Iterator<Item = Place> {
+        self.seers.iter().flat_map(|&seer| self.places.iter().map(move |&place| (seer, place)))
+    }
+}
+
+/// Every interface's contribution, and whose there are at each place.
+#[derive(Debug, Default)]
+pub(super) struct Members {
+    contributions: BTreeMap<EniKey, Contribution>,
+    at: BTreeMap<Place, BTreeSet<EniKey>>,
+    of_group: BTreeMap<GroupKey, BTreeSet<EniKey>>,
+}
+
+impl Members {
+    /// Takes note of the groups that an interface is in, whether or not anybody asks.
+    pub(super) fn regroup(&mut self, key: &EniKey, before: Option<&Eni>, after: Option<&Eni>) {
+        for group in before.into_iter().flat_map(|eni| &eni.groups) {
+            let group = (key.0.clone(), group.clone());
+            if let Some(enis) = self.of_group.get_mut(&group) {
+                enis.remove(key);
+                if enis.is_empty() {
+                    self.of_group.remove(&group);
+                }
+            }
+        }
+        for group in after.into_iter().flat_map(|eni| &eni.groups) {
+            self.of_group.entry((key.0.clone(), group.clone())).or_default().insert(key.clone());
+        }
+    }
+
+    /// The interfaces in a group.
+    pub(super) fn in_group(&self, group: &GroupKey) -> impl Iterator<Item = &EniKey> {
+        self.of_group.get(group).into_iter().flatten()
+    }
+
+    /// Takes an interface's contribution; the places where that may make a difference.
+    pub(super) fn put(&mut self, key: EniKey, contribution: Option<Contribution>, places: &mut BTreeSet<Place>) {
+        if self.contributions.get(&key) == contribution.as_ref() {
             return;
         }
-        // What the containers really have counts beside what the control plane shows.
-        let mut real: BTreeMap<(&Scope, &EniId), Vec<IpAddr>> = BTreeMap::new();
-        let mut links: BTreeMap<(&Scope, &EniId), Vec<u32>> = BTreeMap::new();
-        for placement in placements {
-            if let Some(eni) = placement.eni {
-                real.entry((&placement.scope, &eni.id)).or_default().extend(&placement.addresses);
-                links.entry((&placement.scope, &eni.id)).or_default().push(placement.attachment.link.ifindex);
-            }
-        }
-        for (scope, inventory) in world {
-            for eni in inventory.enis.values() {
-                let subnet = eni.subnet.as_ref().and_then(|id| self.subnets.0.get(&(scope.clone(), id.clone())));
-                let subnet = subnet.copied().filter(|number| asked.contains(number));
-                let groups: BTreeSet<u32> = eni
-                    .groups
-                    .iter()
-                    .filter_map(|group| self.groups.0.get(&(scope.clone(), group.clone())).copied())
-                    .filter(|number| referenced.contains(number))
-                    .collect();
-                if groups.is_empty() && subnet.is_none() {
-                    continue;
-                }
-                let vpc = eni.vpc.clone().unwrap_or_else(|| VpcId::from(""));
-                let real = real.get(&(scope, &eni.id)).map(Vec::as_slice).unwrap_or_default();
-                let is_free = |address: &IpAddr| {
-                    let holder = given.get(&(scope.clone(), eni.vpc.clone(), *address));
-                    holder.is_none_or(|holder| links.get(&(scope, &eni.id)).is_some_and(|own| own.contains(holder)))
-                };
-                let addresses = eni.private_addresses().filter(is_free).chain(real.iter().copied());
-                let prefixes = delegated.get(&(scope, &eni.id)).into_iter().flatten().copied();
-                let places: Vec<IpNet> = addresses.map(IpNet::from).chain(prefixes).collect();
-                for seer in peerings.seers(&(scope.clone(), vpc)) {
-                    let number = self.vpcs.of(&seer);
-                    for &place in &places {
-                        let member = desired.members.entry((number, place)).or_default();
-                        member.groups.extend(&groups);
-                        member.subnet = member.subnet.or(subnet);
+        if let Some(before) = self.contributions.remove(&key) {
+            for place in before.seen() {
+                if let Some(enis) = self.at.get_mut(&place) {
+                    enis.remove(&key);
+                    if enis.is_empty() {
+                        self.at.remove(&place);
                     }
                 }
+                places.insert(place);
+            }
+        }
+        if let Some(contribution) = contribution {
+            for place in contribution.seen() {
+                self.at.entry(place).or_default().insert(key.clone());
+                places.insert(place);
+            }
+            self.contributions.insert(key, contribution);
+        }
+    }
+
+    /// Brings the memberships at these places together.
+    pub(super) fn bring(&self, places: &BTreeSet<Place>, members: &mut Table<Place, Membership>) {
+        for place in places {
+            let Some(enis) = self.at.get(place) else {
+                members.remove(place);
+                continue;
+            };
+            let mut membership = Membership::default();
+            for its in enis.iter().filter_map(|key| self.contributions.get(key)) {
+                membership.groups.extend(&its.membership.groups);
+                membership.subnet = membership.subnet.or(its.membership.subnet);
+            }
+            if members.get(place) != Some(&membership) {
+                members.insert(*place, membership);
             }
         }
     }
 }
 
-/// What other accounts' rules refer to, by the scope that it is in (SG-1.12).
-pub fn foreign_references(world: &World) -> BTreeMap<Scope, BTreeSet<GroupId>> {
-    let mut references: BTreeMap<Scope, BTreeSet<GroupId>> = BTreeMap::new();
-    for (scope, inventory) in world {
-        let rules = inventory.groups.values().flat_map(|group| group.ingress.iter().chain(&group.egress));
-        for rule in rules {
-            if let Peer::ForeignGroup { account, group } = &rule.peer {
-                let owner = Scope { account: account.clone(), region: scope.region.clone() };
-                references.entry(owner).or_default().insert(group.clone());
-            }
+impl Round<'_> {
+    /// The private addresses and prefixes of a member of a referenced group, or of a subnet with an ACL, and the VPCs
+    /// that can see them (SG-1.9, SG-1.12).
+    pub(super) fn contribution(&mut self, scope: &Scope, eni: &Eni, asked: &Asked) -> Option<Contribution> {
+        let subnet = eni.subnet.as_ref().and_then(|id| self.numbers.subnets.known(&(scope.clone(), id.clone())));
+        let subnet = subnet.filter(|&number| asked.subnets.contains(number));
+        let numbers = eni.groups.iter().filter_map(|group| self.numbers.groups.known(&(scope.clone(), group.clone())));
+        let groups: BTreeSet<u32> = numbers.filter(|&number| asked.groups.contains(number)).collect();
+        if groups.is_empty() && subnet.is_none() {
+            return None;
         }
+        let key = (scope.clone(), eni.id.clone());
+        let own = self.placing.of_eni.get(&key).map(Vec::as_slice).unwrap_or_default();
+        let own = || own.iter().map(|&index| &self.placing.placements[index]);
+        let network = (scope.clone(), eni.vpc.clone());
+        let is_free = |address: &IpAddr| {
+            let holder = self.placing.given.get(&(network.clone(), *address));
+            holder.is_none_or(|holder| own().any(|placement| placement.attachment.link.ifindex == *holder))
+        };
+        // What the containers really have counts beside what the control plane shows.
+        let real = own().flat_map(|placement| placement.addresses.iter().copied());
+        let addresses = eni.private_addresses().filter(is_free).chain(real);
+        let prefixes = self.placing.delegated.get(&key).into_iter().flatten().copied();
+        let mut places: Vec<IpNet> = addresses.map(IpNet::from).chain(prefixes).collect();
+        places.sort_unstable();
+        places.dedup();
+        let vpc = eni.vpc.clone().unwrap_or_else(|| VpcId::from(""));
+        let seers = self.peerings.seers(&(scope.clone(), vpc));
+        let seers = seers.iter().map(|seer| self.numbers.vpcs.of(seer)).collect();
+        Some(Contribution { membership: Membership { groups, subnet }, places, seers })
     }
-    references
-}
-
-/// Which VPCs see each other's private addresses: those with an active peering connection, in one region. Groups can't
-/// be referred to across regions.
-#[derive(Debug, Default)]
-pub(super) struct Peerings(BTreeMap<Place, BTreeSet<Place>>);
-
-/// A VPC and where it is.
-type Place = (Scope, VpcId);
-
-impl Peerings {
-    pub(super) fn of(world: &World) -> Self {
-        let mut peers: BTreeMap<Place, BTreeSet<Place>> = BTreeMap::new();
-        if world.values().all(|inventory| inventory.peerings.is_empty()) {
-            return Self(peers);
-        }
-        let homes = homes(world);
-        for (scope, inventory) in world {
-            for peering in &inventory.peerings {
-                let [one, other] = [&peering.one, &peering.other].map(|end| home(world, &homes, scope, end));
-                if let (Some(one), Some(other)) = (one, other) {
-                    peers.entry(one.clone()).or_default().insert(other.clone());
-                    peers.entry(other).or_default().insert(one);
-                }
-            }
-        }
-        Self(peers)
-    }
-
-    /// Whether the one sees the other.
-    pub(super) fn connect(&self, here: &Scope, one: &VpcId, there: &Scope, other: &VpcId) -> bool {
-        let (one, other) = ((here.clone(), one.clone()), (there.clone(), other.clone()));
-        one == other || self.0.get(&one).is_some_and(|peers| peers.contains(&other))
-    }
-
-    /// From where the addresses of a VPC are seen: itself and its peers.
-    fn seers(&self, vpc: &Place) -> BTreeSet<Place> {
-        self.0.get(vpc).into_iter().flatten().chain([vpc]).cloned().collect()
-    }
-}
-
-/// Where each VPC is that anything was read of.
-fn homes(world: &World) -> HashMap<&VpcId, BTreeSet<&Scope>> {
-    let mut homes: HashMap<&VpcId, BTreeSet<&Scope>> = HashMap::new();
-    for (scope, inventory) in world {
-        let of_enis = inventory.enis.values().filter_map(|eni| eni.vpc.as_ref());
-        let of_groups = inventory.groups.values().filter_map(|group| group.vpc.as_ref());
-        let of_subnets = inventory.subnets.values().map(|subnet| &subnet.vpc);
-        for vpc in inventory.vpcs.keys().chain(of_enis).chain(of_groups).chain(of_subnets) {
-            homes.entry(vpc).or_default().insert(scope);
-        }
-    }
-    homes
-}
-
-/// Where one end of a peering is: in its owner's account, if that is read; else where anything was read of it, and best
-/// where the peering was. `None` is another region.
-fn home(world: &World, homes: &HashMap<&VpcId, BTreeSet<&Scope>>, told: &Scope, end: &PeeredVpc) -> Option<Place> {
-    if end.region.as_ref().is_some_and(|region| *region != told.region) {
-        return None;
-    }
-    let owner = end.account.clone().map(|account| Scope { account, region: told.region.clone() });
-    let owner = owner.filter(|owner| world.contains_key(owner));
-    let known = homes.get(&end.vpc).into_iter().flatten().filter(|scope| scope.region == told.region);
-    let scope = owner.unwrap_or_else(|| {
-        let mut known = known.copied();
-        let first = known.next().unwrap_or(told);
-        if known.any(|scope| scope == told) { told.clone() } else { first.clone() }
-    });
-    Some((scope, end.vpc.clone()))
 }

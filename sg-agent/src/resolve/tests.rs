@@ -3,6 +3,9 @@
 use std::collections::BTreeSet;
 
 use super::*;
+use crate::sharing::{Set, Table};
+
+mod rounds;
 use crate::discovery::{Link, OUT_OF_SIGHT, Origin};
 use crate::model::{Instance, InstanceId, NetworkAcl, Peer, PeeredVpc, Peering, Rule, SecurityGroup, Traffic, Warning};
 
@@ -49,7 +52,7 @@ fn what_a_guest_gives_itself_takes_nothing_from_who_had_it_first() {
     let owner = attachment();
     let mut resolver = Resolver::default();
     let mut own = |attachments: &[Attachment]| {
-        let desired = resolver.resolve(&World::new(), &scope(), attachments);
+        let desired = resolver.resolve(&World::new(), &scope(), &attachments.into());
         let of = |link: u32| (desired.interfaces[&link].mac, desired.interfaces[&link].addresses.clone());
         (of(6), of(7), desired.warnings)
     };
@@ -79,13 +82,13 @@ fn an_acl_stands_where_the_source_lists_no_subnets() {
     };
     let instance = Instance { id: "i-1".into(), name: None, state: "running".into(), enis: vec!["eni-1".into()] };
     let inventory = Inventory {
-        enis: BTreeMap::from([("eni-1".into(), eni())]),
-        instances: BTreeMap::from([("i-1".into(), instance)]),
-        acls: BTreeMap::from([("acl-1".into(), acl)]),
+        enis: Table::from([("eni-1".into(), eni())]),
+        instances: Table::from([("i-1".into(), instance)]),
+        acls: Table::from([("acl-1".into(), acl)]),
         ..Inventory::default()
     };
     let world = World::from([(scope(), inventory)]);
-    let desired = Resolver::default().resolve(&world, &scope(), &[attachment()]);
+    let desired = Resolver::default().resolve(&world, &scope(), &[attachment()].into());
     let interface = &desired.interfaces[&7];
     assert_eq!(interface.acl, Some(PolicyKey::Acl(scope(), "acl-1".into())));
     assert!(interface.subnet.is_empty() && interface.subnet_number.is_some());
@@ -115,9 +118,9 @@ fn account(instance: &str, group: &str, vpc: &str, address: &str, peers: &[Peer]
     };
     let running = Instance { id: instance.clone(), name: None, state: "running".into(), enis: vec![eni.id.clone()] };
     Inventory {
-        groups: BTreeMap::from([(group.id.clone(), group)]),
-        enis: BTreeMap::from([(eni.id.clone(), eni)]),
-        instances: BTreeMap::from([(instance, running)]),
+        groups: Table::from([(group.id.clone(), group)]),
+        enis: Table::from([(eni.id.clone(), eni)]),
+        instances: Table::from([(instance, running)]),
         ..Inventory::default()
     }
 }
@@ -151,10 +154,10 @@ fn foreign() -> Peer {
 
 /// Who the rules of the instance at link 7 let in by reference, and what is warned about.
 fn let_in(world: &World) -> (Vec<String>, Vec<String>) {
-    let attachments = [at("i-1", 7, "10.0.0.1"), at("i-2", 8, "10.1.0.2")];
+    let attachments = [at("i-1", 7, "10.0.0.1"), at("i-2", 8, "10.1.0.2")].into();
     let desired = Resolver::default().resolve(world, &scope(), &attachments);
     let interface = &desired.interfaces[&7];
-    let Spec::Groups(rules) = &*desired.policies[&interface.policy] else { panic!("an ACL for groups") };
+    let Spec::Groups(rules) = &desired.policies[&interface.policy] else { panic!("an ACL for groups") };
     let referred: BTreeSet<u32> = rules
         .ingress
         .iter()
@@ -165,7 +168,7 @@ fn let_in(world: &World) -> (Vec<String>, Vec<String>) {
     (members.map(|((_, place), _)| place.to_string()).collect(), told(&desired.warnings))
 }
 
-fn told(warnings: &BTreeSet<Warning>) -> Vec<String> {
+fn told(warnings: &Set<Warning>) -> Vec<String> {
     warnings.iter().map(ToString::to_string).collect()
 }
 
@@ -233,7 +236,7 @@ fn a_peered_vpc_of_the_same_account_is_seen() {
     world.get_mut(&scope()).expect("here").peerings.insert(peering(&scope()));
     assert_eq!(let_in(&world), (vec!["10.1.0.2/32".to_owned()], vec![]), "SG-1.12: same account");
     let far = Scope { region: "eu-west-1".into(), ..scope() };
-    world.get_mut(&scope()).expect("here").peerings = BTreeSet::from([peering(&far)]);
+    world.get_mut(&scope()).expect("here").peerings = Set::unit(peering(&far));
     assert_eq!(let_in(&world).0, [""; 0], "SG-1.12: no reference goes to another region");
 }
 
@@ -242,7 +245,7 @@ fn who_is_in_a_vpc_is_its_interfaces_to_tell() {
     // An emulator takes a group of another VPC for an interface, which AWS refuses.
     let mut inventory = account("i-1", "sg-1", "vpc-1", "10.0.0.1", &[Peer::Group("sg-2".into())]);
     let mut there = account("i-2", "sg-2", "vpc-2", "10.1.0.2", &[]);
-    there.enis.values_mut().for_each(|eni| eni.vpc = Some("vpc-1".into()));
+    there.enis.update_all(|eni| eni.vpc = Some("vpc-1".into()));
     inventory.groups.append(&mut there.groups);
     inventory.enis.append(&mut there.enis);
     inventory.instances.append(&mut there.instances);
@@ -257,14 +260,14 @@ fn delegated_prefixes_are_own_addresses_and_members() {
     let prefix = |text: &str| text.parse::<IpNet>().expect("a network");
     let mut inventory = account("i-1", "sg-1", "vpc-1", "10.0.0.1", &[Peer::Group("sg-2".into())]);
     let mut there = account("i-2", "sg-2", "vpc-1", "10.1.0.2", &[]);
-    there.enis.values_mut().for_each(|eni| {
+    there.enis.update_all(|eni| {
         eni.prefixes = ["10.1.0.16/28", "2001:db8:1:2:3::/80"].map(prefix).to_vec();
     });
     inventory.groups.append(&mut there.groups);
     inventory.enis.append(&mut there.enis);
     inventory.instances.append(&mut there.instances);
     let mut world = World::from([(scope(), inventory)]);
-    let attachments = [at("i-1", 7, "10.0.0.1"), at("i-2", 8, "10.1.0.2")];
+    let attachments = [at("i-1", 7, "10.0.0.1"), at("i-2", 8, "10.1.0.2")].into();
     let desired = Resolver::default().resolve(&world, &scope(), &attachments);
     let own = &desired.interfaces[&8];
     assert_eq!(own.addresses.len(), 17, "SG-1.9: the /28 is 16 addresses");
@@ -275,7 +278,7 @@ fn delegated_prefixes_are_own_addresses_and_members() {
 
     // What a guest gives itself within a neighbour's prefix is the neighbour's.
     let thief = Attachment { addresses: vec!["2001:db8:1:2:3::5".parse().expect("an address")], ..at("i-1", 7, "::1") };
-    let desired = Resolver::default().resolve(&world, &scope(), &[thief, at("i-2", 8, "10.1.0.2")]);
+    let desired = Resolver::default().resolve(&world, &scope(), &[thief, at("i-2", 8, "10.1.0.2")].into());
     assert!(!desired.interfaces[&7].addresses.contains(&"2001:db8:1:2:3::5".parse().expect("an address")));
     assert_eq!(desired.interfaces[&8].prefixes.len(), 1);
 

@@ -3,7 +3,7 @@
 
 pub mod ports;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -17,6 +17,7 @@ use sg_agent::compile::compile;
 use sg_agent::model::{GroupId, InstanceId, Peer, RuleId, Scope, Traffic};
 use sg_agent::proxy::{PortCounters, Proxy, Published, Transport};
 use sg_agent::resolve::{AclRules, AclSpec, Allowance, GroupSpec, Interface, Peers, PolicyKey, Spec};
+use sg_agent::sharing::Table;
 use sg_agent::tables::InMemory;
 use sg_common::abi::{self, Binding, NOWHERE};
 use socket2::SockRef;
@@ -115,7 +116,7 @@ pub fn snapshot(server: SocketAddr, rules: &Rules) -> Arc<Snapshot> {
     let (mask4, mask6) = (NOWHERE, NOWHERE);
     let entry =
         abi::Interface { groups: GROUPS, acl, vpc: 1, subnet4, mask4, subnet6, mask6, ..abi::Interface::default() };
-    let interfaces = BTreeMap::from([(7, Enforced { interface, entry, attached: true })]);
+    let interfaces = Table::from([(7, Enforced { interface: interface.into(), entry, attached: true })]);
     Arc::new(Snapshot { interfaces, tables, ..Snapshot::default() })
 }
 

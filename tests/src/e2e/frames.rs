@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd as _;
 
 use nix::libc;
 use nix::net::if_::if_nametoindex;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
 
 use super::{Instance, Namespace};
 
@@ -57,6 +57,22 @@ pub fn offloaded_datagram(from: &Instance, to: &Instance, is_v4: bool, port: u16
     frame
 }
 
+/// Fills in the checksums of a TCP segment over IPv4 without options, for a stack that looks at them.
+pub fn fill_checksums(frame: &mut [u8]) {
+    const IP: usize = 14;
+    const TCP: usize = IP + 20;
+    frame[IP + 10..IP + 12].fill(0);
+    let sum = !ones_sum(&frame[IP..TCP]);
+    frame[IP + 10..IP + 12].copy_from_slice(&sum.to_be_bytes());
+    frame[TCP + 16..TCP + 18].fill(0);
+    let length = (frame.len() - TCP) as u16;
+    let mut summed = frame[IP + 12..].to_vec();
+    summed.extend([0, 6]);
+    summed.extend(length.to_be_bytes());
+    let sum = !ones_sum(&summed);
+    frame[TCP + 16..TCP + 18].copy_from_slice(&sum.to_be_bytes());
+}
+
 /// The sum of 16-bit words with its carries (RFC 1071).
 fn ones_sum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |&low| u32::from(low)));
@@ -67,13 +83,52 @@ fn ones_sum(bytes: &[u8]) -> u16 {
     sum as u16
 }
 
+/// A socket that sends frames as they are over one link.
+#[derive(Debug)]
+pub struct FrameSocket(Socket);
+
+impl FrameSocket {
+    /// Over this link of the namespace.
+    ///
+    /// # Errors
+    /// The kernel's; there is no such link.
+    pub fn new(namespace: &Namespace, link: &str) -> io::Result<Self> {
+        namespace.run(|| {
+            let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(0)))?;
+            socket.bind(&address(link)?)?;
+            Ok(Self(socket))
+        })
+    }
+
+    /// Sends one.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn send(&self, frame: &[u8]) -> io::Result<()> {
+        let sent = self.0.send(frame)?;
+        if sent == frame.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+    }
+}
+
+/// Where a packet socket is bound to a link.
+fn address(link: &str) -> io::Result<SockAddr> {
+    let index = i32::try_from(if_nametoindex(link)?).map_err(io::Error::other)?;
+    let mut storage = SockAddrStorage::zeroed();
+    // SAFETY: the storage is large enough for every kind of address, this one among them, and all zeros are a value of it.
+    let address = unsafe { storage.view_as::<libc::sockaddr_ll>() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_ifindex = index;
+    // SAFETY: what was written is an address of this kind and of this length.
+    Ok(unsafe { SockAddr::new(storage, size_of::<libc::sockaddr_ll>() as libc::socklen_t) })
+}
+
 /// Sends a frame as it is over a link of the namespace.
 ///
 /// # Panics
 /// When the kernel doesn't take it.
 #[track_caller]
 pub fn send_frame(namespace: &Namespace, link: &str, frame: &[u8]) {
-    let sent = namespace.run(|| send(&raw_socket()?, link, frame));
+    let sent = FrameSocket::new(namespace, link).and_then(|socket| socket.send(frame));
     assert!(sent.is_ok(), "over {link} of {}: {sent:?}", namespace.name());
 }
 
@@ -89,38 +144,18 @@ pub fn send_offloaded(namespace: &Namespace, link: &str, frame: &[u8], start: u1
     let mut bytes = vec![NEEDS_CHECKSUM, 0];
     bytes.extend([0, 0, start, offset].map(u16::to_ne_bytes).as_flattened());
     bytes.extend(frame);
-    let sent = namespace.run(|| {
-        let socket = raw_socket()?;
+    let sent = FrameSocket::new(namespace, link).and_then(|socket| {
         let on: libc::c_int = 1;
         let size = size_of::<libc::c_int>() as libc::socklen_t;
         // SAFETY: the pointer is to an integer of that size, which lives until the call is over.
         let set = unsafe {
             let value = (&raw const on).cast();
-            libc::setsockopt(socket.as_raw_fd(), libc::SOL_PACKET, libc::PACKET_VNET_HDR, value, size)
+            libc::setsockopt(socket.0.as_raw_fd(), libc::SOL_PACKET, libc::PACKET_VNET_HDR, value, size)
         };
         if set != 0 {
             return Err(io::Error::last_os_error());
         }
-        send(&socket, link, &bytes)
+        socket.send(&bytes)
     });
     assert!(sent.is_ok(), "over {link} of {}: {sent:?}", namespace.name());
-}
-
-fn raw_socket() -> io::Result<Socket> {
-    Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(0)))
-}
-
-fn send(socket: &Socket, link: &str, frame: &[u8]) -> io::Result<()> {
-    let index = i32::try_from(if_nametoindex(link)?).map_err(io::Error::other)?;
-    // SAFETY: all of it are integers and arrays of them, for which zero is a value.
-    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_ifindex = index;
-    let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
-    // SAFETY: both pointers are to values that live until the call is over, with their own lengths.
-    let sent = unsafe {
-        let address = (&raw const address).cast();
-        libc::sendto(socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0, address, length)
-    };
-    if sent == frame.len() as isize { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -29,7 +29,7 @@ pub use agent::{Agent, another_layout, binary, said};
 pub use docker::{Container, Docker, IDLE, Image, Launched, Network, docker, import};
 pub use endpoint::Endpoint;
 pub use engine::{Engine, forward};
-pub use frames::{arp_reply, offloaded_datagram, send_frame, send_offloaded};
+pub use frames::{FrameSocket, arp_reply, fill_checksums, offloaded_datagram, send_frame, send_offloaded};
 pub use lab::{Lab, LabBuilder};
 pub use moto::{Moto, element};
 pub use namespace::{Namespace, ends_with_this_thread};

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::namespace::ends_with_this_thread;
+use super::namespace::{command_in, ends_with_this_thread};
 use super::{Agent, Namespace, free_port, run, unique};
 
 /// How long it may take until it answers; importing it takes seconds on a slow disk.
@@ -61,6 +61,18 @@ impl Moto {
         moto
     }
 
+    /// One on loopback of a namespace.
+    ///
+    /// # Panics
+    /// When it can't be started.
+    pub fn inside(namespace: &Namespace) -> Self {
+        let address = (Ipv4Addr::LOCALHOST, free_port()).into();
+        let from = Some(namespace.again());
+        let moto = Self { address, region: REGION.to_owned(), from, process: Mutex::new(None) };
+        moto.restart();
+        moto
+    }
+
     /// The same by another way: through a gateway, as seen from a namespace.
     pub fn through(&self, gateway: SocketAddr, from: &Namespace) -> Self {
         Self { address: gateway, region: self.region.clone(), from: Some(from.again()), process: Mutex::new(None) }
@@ -77,12 +89,16 @@ impl Moto {
         let log = std::env::temp_dir().join(format!("{}-moto.log", unique()));
         let (tell, told) = mpsc::channel();
         let (announce, announced) = mpsc::channel();
+        let place = self.from.as_ref().map(Namespace::handle);
         // Its parent is a thread that lives as long as the program: with that Moto ends, however that ends.
         thread::spawn(move || {
             let out = std::fs::File::create(&log).expect("a log file");
             // Nobody needs its name any more; the file goes with its last user.
             let _ = std::fs::remove_file(&log);
-            let mut command = Command::new(&python);
+            let mut command = match &place {
+                Some(namespace) => command_in(namespace, &python),
+                None => Command::new(&python),
+            };
             command.args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &address.port().to_string()]);
             command.stdin(Stdio::null()).stderr(out.try_clone().expect("one more open file")).stdout(out);
             ends_with_this_thread(&mut command);
@@ -109,7 +125,7 @@ impl Moto {
     pub fn stop(&self) {
         if let Some(pid) = self.process().take() {
             let _ = kill(pid, Signal::SIGKILL);
-            while TcpStream::connect(self.address).is_ok() {
+            while self.connect().is_ok() {
                 thread::sleep(Duration::from_millis(5));
             }
         }
@@ -267,13 +283,28 @@ impl Moto {
         element(&self.call("RunInstances", &parameters), "instanceId")
     }
 
+    /// Runs so many instances in one group; their ids.
+    #[track_caller]
+    pub fn instances(&self, count: usize, group: &str) -> Vec<String> {
+        let count = count.to_string();
+        let parameters = [("ImageId", AMI), ("MinCount", &*count), ("MaxCount", &*count), ("SecurityGroupId.1", group)];
+        let answer = self.call("RunInstances", &parameters);
+        let ids = answer.split("<instanceId>").skip(1).filter_map(|rest| rest.split_once('<'));
+        let ids: std::collections::BTreeSet<&str> = ids.map(|(id, _)| id).collect();
+        ids.into_iter().map(str::to_owned).collect()
+    }
+
     fn answers(&self) -> bool {
         self.ask("HEAD /moto-api/ HTTP/1.0\r\n\r\n").is_ok_and(|answer| answer.split(' ').nth(1) == Some("200"))
     }
 
-    fn ask(&self, request: &str) -> std::io::Result<String> {
+    fn connect(&self) -> std::io::Result<TcpStream> {
         let connect = || TcpStream::connect_timeout(&self.address, Duration::from_secs(2));
-        let mut socket = self.from.as_ref().map_or_else(connect, |namespace| namespace.run(connect))?;
+        self.from.as_ref().map_or_else(connect, |namespace| namespace.run(connect))
+    }
+
+    fn ask(&self, request: &str) -> std::io::Result<String> {
+        let mut socket = self.connect()?;
         socket.set_read_timeout(Some(Duration::from_secs(30)))?;
         socket.write_all(request.as_bytes())?;
         let mut answer = String::new();

@@ -1,6 +1,6 @@
 //! The control plane's answer and the discovery's, for the cast.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use sg_agent::discovery::{Attachment, Link, Origin};
@@ -9,6 +9,7 @@ use sg_agent::model::{
     AclEntry, AclId, Eni, EniId, GroupId, Instance, InstanceId, Inventory, Scope, SecurityGroup, Subnet, SubnetId,
     Traffic, VpcId,
 };
+use sg_agent::sharing::Table;
 
 use crate::cast::{GATEWAY, Host, INSTANCES};
 use crate::text::rules;
@@ -130,5 +131,5 @@ pub fn put_acl(inventory: &mut Inventory, subnet: &str, ingress: Vec<AclEntry>, 
         ingress,
         egress,
     };
-    inventory.acls = BTreeMap::from([(id, acl)]);
+    inventory.acls = Table::from([(id, acl)]);
 }

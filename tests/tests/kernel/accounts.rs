@@ -1,8 +1,7 @@
 //! References into other VPCs and other accounts (SG-1.12).
 
-use std::collections::BTreeSet;
-
 use sg_agent::model::{Inventory, Peer, PeeredVpc, Peering, Rule, Scope, Traffic};
+use sg_agent::sharing::Set;
 use sg_common::verdict::{Drop, Pass, Verdict};
 use tests::cast::{A, B, C};
 use tests::lab::{Lab, instance_id, scope};
@@ -36,13 +35,13 @@ fn move_c(lab: &mut Lab, to: &Scope) {
     });
 }
 
-fn peering(far: &Scope) -> BTreeSet<Peering> {
+fn peering(far: &Scope) -> Set<Peering> {
     let end = |vpc: &str, account: &Scope| PeeredVpc {
         vpc: vpc.into(),
         account: Some(account.account.clone()),
         region: Some(account.region.clone()),
     };
-    BTreeSet::from([Peering::between(end("vpc-1", &scope()), end("vpc-2", far))])
+    Set::unit(Peering::between(end("vpc-1", &scope()), end("vpc-2", far)))
 }
 
 fn let_in(lab: &mut Lab, peer: Peer) {

@@ -44,8 +44,7 @@ pub fn a_peer_that_leaves_the_subnet_meets_it() {
         let mut lab = lab("in tcp22 C/32", Vec::new(), Vec::new());
         let place = |lab: &mut Lab, subnet: &str| {
             lab.edit(|inventory| {
-                let eni = inventory.enis.values_mut().find(|eni| eni.addresses.contains(&C.v4.into()));
-                eni.expect("C's interface").subnet = Some(subnet.into());
+                inventory.enis.get_mut(&C.eni()).expect("C's interface").subnet = Some(subnet.into());
             });
         };
         place(&mut lab, SUBNET_1);

@@ -1,6 +1,7 @@
 //! Groups as peers, memberships, several interfaces, no group (SG-1.8 to SG-1.13, SG-2).
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use sg_agent::model::{Eni, GroupId, PrefixList, PrefixListId};
 use sg_agent::resolve::Settings;
@@ -27,7 +28,7 @@ pub fn a_prefix_list_s_new_version_counts_at_once() {
         let list = |networks: &[&str]| PrefixList {
             id: PrefixListId::from("pl-1"),
             version: 1,
-            entries: networks.iter().map(|text| text.parse().expect("a network")).collect(),
+            entries: Arc::new(networks.iter().map(|text| text.parse().expect("a network")).collect()),
         };
         lab.rules("sgB", "in tcp22 pl-1");
         assert_eq!(lab.send(A, B, &tcp(A, B).syn()), ("B", NO_RULE), "SG-1.12: a list that isn't there");

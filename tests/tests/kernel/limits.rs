@@ -1,6 +1,6 @@
 //! As much as the norm and the maps allow, and one more: what doesn't fit is refused whole (SG-1.14).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use sg_agent::decide;
 use sg_agent::exempt::Service;
 use sg_agent::model::{GroupId, InstanceId, Peer, PrefixListId, RuleId, Scope, Traffic};
 use sg_agent::resolve::{Allowance, Desired, GroupSpec, Interface, Membership, Peers, PolicyKey, Spec};
+use sg_agent::sharing::Table;
 use sg_common::abi::{self, Config, Direction};
 use sg_common::packet::TCP;
 use sg_common::policy::Match;
@@ -73,18 +74,18 @@ fn interface(n: u32, policy: PolicyKey) -> Interface {
     }
 }
 
-fn desired(policies: BTreeMap<PolicyKey, Arc<Spec>>) -> Desired {
+fn desired(policies: Table<PolicyKey, Spec>) -> Desired {
     let keys: Vec<PolicyKey> = policies.keys().cloned().collect();
     let interfaces = (0..INSTANCES).map(|n| (1_000_000 + n, interface(n, keys[n as usize % keys.len()].clone())));
     Desired { interfaces: interfaces.collect(), policies, ..Desired::default() }
 }
 
-fn groups(ingress: Vec<Allowance>) -> Arc<Spec> {
-    Arc::new(Spec::Groups(GroupSpec { ingress, egress: Vec::new() }))
+fn groups(ingress: Vec<Allowance>) -> Spec {
+    Spec::Groups(GroupSpec { ingress, egress: Vec::new() })
 }
 
 /// A policy that takes up more than half of all lines: so many rules, about a port and a network each.
-fn wide() -> Arc<Spec> {
+fn wide() -> Spec {
     groups((0..13_000).map(|n| rule(n as u16, n, 1)).collect())
 }
 
@@ -98,7 +99,7 @@ fn ask(snapshot: &Snapshot, n: u32, port: u16) -> Match {
 pub fn a_thousand_instances_and_a_hundred_thousand_prefixes_fit_and_more_are_refused_whole() {
     isolated(|| {
         let mut applier = applier();
-        let policies: BTreeMap<PolicyKey, Arc<Spec>> =
+        let policies: Table<PolicyKey, Spec> =
             (0..PREFIXES / ENTRIES).map(|n| (key(n), groups(vec![rule(22, n * ENTRIES, ENTRIES)]))).collect();
         let state = desired(policies.clone());
         let snapshot = applier.apply(&state, true).expect("the norm's limits fit");
@@ -119,7 +120,7 @@ pub fn a_thousand_instances_and_a_hundred_thousand_prefixes_fit_and_more_are_ref
         let after = applier.snapshot();
         assert_eq!((after.generation, after.usage), (snapshot.generation, snapshot.usage), "nothing has changed");
         assert_eq!(ask(&after, 0, 22), Match::Narrow);
-        let changed = applier.apply(&desired(BTreeMap::from([(key(9_999), wide())])), true);
+        let changed = applier.apply(&desired([(key(9_999), wide())].into_iter().collect()), true);
         let changed = changed.expect("one of them alone fits: nothing was left behind");
         assert_eq!(ask(&changed, 0, 0), Match::Narrow);
     });
@@ -148,7 +149,7 @@ pub fn many_links_are_looked_after() {
         drop(input);
         assert!(ip.wait().expect("a child can be waited for").success());
         let mut applier = applier();
-        let policies = BTreeMap::from([(key(0), groups(vec![rule(22, 0, 1)]))]);
+        let policies = Table::from([(key(0), groups(vec![rule(22, 0, 1)]))]);
         let interfaces = (0..LINKS).map(|n| {
             let link = format!("v{n}");
             let ifindex = nix::net::if_::if_nametoindex(link.as_str()).expect("a link that was just made");
@@ -166,7 +167,7 @@ pub fn a_thousand_rules_on_an_interface_all_count() {
     isolated(|| {
         let mut applier = applier();
         let rules = (0..1_000).map(|n| rule(n as u16 + 1, n, 1)).collect();
-        let snapshot = applier.apply(&desired(BTreeMap::from([(key(0), groups(rules))])), true).expect("they fit");
+        let snapshot = applier.apply(&desired(Table::from([(key(0), groups(rules))])), true).expect("they fit");
         for n in 0..1_000 {
             for (port, expected) in [(n as u16 + 1, Match::Narrow), (n as u16 + 2, Match::None)] {
                 assert_eq!(ask(&snapshot, n, port), expected, "rule {n}, port {port}");
@@ -179,7 +180,7 @@ pub fn a_thousand_rules_on_an_interface_all_count() {
 pub fn more_interfaces_than_fit_are_refused_whole() {
     isolated(|| {
         let mut applier = applier();
-        let policies = BTreeMap::from([(key(0), groups(vec![rule(22, 0, 1)]))]);
+        let policies = Table::from([(key(0), groups(vec![rule(22, 0, 1)]))]);
         let mut state = desired(policies);
         let snapshot = applier.apply(&state, true).expect("a thousand fit");
         for n in INSTANCES..=abi::MAX_INTERFACES {
@@ -197,7 +198,7 @@ pub fn more_policies_than_fit_are_refused_whole() {
         let mut applier = applier();
         // One binding is nobody's.
         let most = abi::MAX_BINDINGS - 1;
-        let policies = |count: u32, port: u16| -> BTreeMap<PolicyKey, Arc<Spec>> {
+        let policies = |count: u32, port: u16| -> Table<PolicyKey, Spec> {
             (0..count).map(|n| (key(n), groups(vec![rule(port, n, 1)]))).collect()
         };
         // A policy that changes is there twice for a moment: half of them may all do so at once.
@@ -220,7 +221,7 @@ pub fn more_policies_than_fit_are_refused_whole() {
 pub fn more_own_addresses_and_services_than_fit_are_refused_whole() {
     isolated(|| {
         let mut applier = applier();
-        let state = desired(BTreeMap::from([(key(0), groups(vec![rule(22, 0, 1)]))]));
+        let state = desired([(key(0), groups(vec![rule(22, 0, 1)]))].into_iter().collect());
         let snapshot = applier.apply(&state, true).expect("a thousand instances fit");
         let mut addresses = state.clone();
         let first = addresses.interfaces.get_mut(&1_000_000).expect("the first interface");
@@ -289,7 +290,7 @@ pub fn a_group_is_in_as_many_rules_as_it_may_and_a_change_of_its_members_is_one_
 pub fn more_members_than_fit_are_refused_whole() {
     isolated(|| {
         let mut applier = applier();
-        let mut state = desired(BTreeMap::from([(key(0), groups(vec![rule(22, 0, 1)]))]));
+        let mut state = desired(Table::from([(key(0), groups(vec![rule(22, 0, 1)]))]));
         let snapshot = applier.apply(&state, true).expect("a thousand fit");
         let member = Membership { groups: BTreeSet::from([1]), subnet: None };
         state.members = (0..=abi::MAX_MEMBERS).map(|n| ((1, IpNet::from(network(n).addr())), member.clone())).collect();
@@ -305,7 +306,7 @@ pub fn ten_thousand_rules_on_an_interface_all_count() {
     isolated(|| {
         let mut applier = applier();
         let rules = (0..10_000).map(|n| rule(n as u16 + 1, n, 1)).collect();
-        let snapshot = applier.apply(&desired(BTreeMap::from([(key(0), groups(rules))])), true).expect("they fit");
+        let snapshot = applier.apply(&desired(Table::from([(key(0), groups(rules))])), true).expect("they fit");
         for n in (0..10_000).step_by(97) {
             for (port, expected) in [(n as u16 + 1, Match::Narrow), (n as u16 + 2, Match::None)] {
                 assert_eq!(ask(&snapshot, n, port), expected, "SG-1.14: rule {n}, port {port}");

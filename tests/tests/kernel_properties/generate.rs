@@ -2,6 +2,7 @@
 //! repeat.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use proptest::prelude::*;
@@ -206,8 +207,8 @@ pub fn change() -> impl Strategy<Value = Change> {
         (select(vec!["pl-1", "pl-2"]), prop::collection::btree_set(network(), 0..8)).prop_map(|(id, entries)| {
             // A list holds one family (SG-1.8).
             let is_v4 = id == "pl-1";
-            let entries = entries.into_iter().filter(|network| network.network().is_ipv4() == is_v4).collect();
-            PrefixList { id: id.into(), version: 1, entries }
+            let entries = entries.into_iter().filter(|network| network.network().is_ipv4() == is_v4);
+            PrefixList { id: id.into(), version: 1, entries: Arc::new(entries.collect()) }
         });
     prop_oneof![
         8 => (select(&GROUPS[..]), any::<bool>(), rules())

@@ -105,7 +105,7 @@ fn run(lab: &mut Lab, step: &Step, tracked: &mut HashSet<Flow>, seen: &mut [usiz
     let members = |address, group| memberships.contains(&(address, group));
     let snapshot = lab.applier().snapshot();
     let policy = &snapshot.interfaces[&lab.ifindex(B)].interface.policy;
-    let Spec::Groups(groups) = &*snapshot.policies[policy] else { panic!("an ACL for groups") };
+    let Spec::Groups(groups) = &snapshot.policies[policy] else { panic!("an ACL for groups") };
     let (here, there) = if is_ingress { (&groups.ingress, &groups.egress) } else { (&groups.egress, &groups.ingress) };
     let question = Question { peer: peer.v4.into(), protocol, port: destination };
     let by_rules: Verdict = by_rules(here, there, &members, &question, source);

@@ -8,8 +8,9 @@ mod runner;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Result, ensure};
 use clap::{Args, ValueEnum};
 
 use crate::deps::{self, python::Venv};
@@ -35,6 +36,9 @@ pub struct Options {
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
+    /// Put the figures of a whole run into docs/performance.md
+    #[arg(long, conflicts_with_all = ["quick", "vs", "only"])]
+    docs: bool,
 }
 
 /// A part of what is measured, as the binary of the crate `bench` names it.
@@ -54,6 +58,10 @@ pub enum Section {
     Memory,
     /// Published ports, beside docker-proxy, HAProxy, nginx and a proxy that asks Moto
     Proxy,
+    /// Denied clients of a published port, beside nft and iptables
+    Early,
+    /// Changes at a real Moto, through the gateway and by polling
+    Gateway,
 }
 
 impl Section {
@@ -73,6 +81,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         builds.push(Build::of(revision)?);
     }
     let mut report = Report::new(&builds, options.quick)?;
+    let started = Instant::now();
+    let mut failed: Vec<String> = Vec::new();
     let turns = if builds.len() > 1 { TURNS } else { 1 };
     for section in sections {
         for turn in 0..turns {
@@ -84,18 +94,32 @@ pub fn run(options: &Options) -> Result<ExitCode> {
                 };
                 ui::step(&format!("measuring {}{of}", section.name()));
                 let lines = build.measure(*section, options.quick, &environment);
-                report.add(number, lines.with_context(|| format!("section {}", section.name()))?);
+                cmd::check_interrupted()?;
+                match lines {
+                    Ok(Some(lines)) => report.add(number, lines),
+                    Ok(None) => ui::warn(&format!("{} has no section {} yet", build.name, section.name())),
+                    // What else is measured is worth having all the same.
+                    Err(error) => {
+                        ui::warn(&format!("section {} of {}: {error:#}", section.name(), build.name));
+                        failed.push(section.name());
+                    }
+                }
             }
         }
     }
+    report.took(started.elapsed());
     let directory = workspace::target().join("bench");
     report.write(&directory)?;
+    if options.docs && failed.is_empty() {
+        report.publish(&workspace::root().join("docs"))?;
+    }
     if options.json {
         println!("{}", report.json()?);
     } else {
         println!("{}", report.summary());
     }
     ui::note(&format!("the report is in {}: report.md, report.json, plots.svg", directory.display()));
+    ensure!(failed.is_empty(), "not all was measured; failed: {}", failed.join(", "));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -104,8 +128,10 @@ fn set_up(sections: &[Section]) -> Result<Vec<(&'static str, PathBuf)>> {
     const WHY: &str = "sg-agent is measured beside it";
     let mut tools = vec![deps::IP];
     let is_traffic = |section: &Section| matches!(section, Section::Bulk | Section::Connections | Section::Small);
-    if sections.iter().any(is_traffic) {
+    if sections.iter().any(|section| is_traffic(section) || *section == Section::Early) {
         tools.extend([deps::tool("nft", "nftables", WHY), deps::tool("iptables-legacy", "iptables", WHY)]);
+    }
+    if sections.iter().any(is_traffic) {
         tools.push(deps::tool("ethtool", "ethtool", "containers are measured without segmentation offload, too"));
     }
     deps::ensure_tools(&tools)?;
@@ -113,6 +139,8 @@ fn set_up(sections: &[Section]) -> Result<Vec<(&'static str, PathBuf)>> {
     let mut environment = Vec::new();
     if sections.contains(&Section::Proxy) {
         environment.push(("SG_BENCH_PEERS", peers::ensure()?));
+    }
+    if sections.contains(&Section::Proxy) || sections.contains(&Section::Gateway) {
         environment.push(("SG_MOTO_PYTHON", Venv::ensure()?.python()));
     }
     Ok(environment)

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
@@ -129,6 +130,11 @@ impl Report {
         Ok(Self { builds: names, quick, machine: machine()?, lines })
     }
 
+    /// Notes how long all of it took.
+    pub fn took(&mut self, time: Duration) {
+        self.machine.push(format!("measured in {} minutes", digits(time.as_secs_f64() / 60.0)));
+    }
+
     /// Adds what a build measured; what it measured in an earlier turn gets more values.
     pub fn add(&mut self, build: usize, lines: Vec<Line>) {
         for line in lines {
@@ -173,8 +179,23 @@ impl Report {
         };
         fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
         write("report.json", self.json()?)?;
-        write("plots.svg", plot::page(&self.samples().cloned().collect::<Vec<_>>())?)?;
-        write("report.md", self.markdown())
+        write("plots.svg", self.plots()?)?;
+        write("report.md", format!("# Measurements\n\n{}", self.markdown("plots.svg")))
+    }
+
+    /// Puts figures and plots into the committed page.
+    pub fn publish(&self, docs: &Path) -> Result<()> {
+        let page = docs.join("performance.md");
+        let text = fs::read_to_string(&page).with_context(|| format!("cannot read {}", page.display()))?;
+        let text = replaced(&text, &self.markdown("performance.svg"))
+            .with_context(|| format!("{} has no '{}' and '{}'", page.display(), MARKS.0, MARKS.1))?;
+        fs::write(&page, text).with_context(|| format!("cannot write {}", page.display()))?;
+        let plots = docs.join("performance.svg");
+        fs::write(&plots, self.plots()?).with_context(|| format!("cannot write {}", plots.display()))
+    }
+
+    fn plots(&self) -> Result<String> {
+        plot::page(&self.samples().cloned().collect::<Vec<_>>())
     }
 
     fn samples(&self) -> impl Iterator<Item = &Sample> {
@@ -185,15 +206,18 @@ impl Report {
         self.lines[0].iter().filter_map(|line| if let Line::Target(target) = line { Some(target) } else { None })
     }
 
-    fn markdown(&self) -> String {
-        let mut text = String::from("# Measurements\n\n");
+    /// The report as a part of a page, whose plots are in this file.
+    fn markdown(&self, plots: &str) -> String {
+        let mut text = String::new();
         for line in &self.machine {
             let _ = writeln!(text, "- {line}");
         }
         if self.quick {
-            text += "- with `--quick`: few rounds\n";
+            text +=
+                "- with `--quick`: few rounds, smaller sizes; what is aimed at for 1,000 instances isn't measured\n";
         }
-        text += "\nA figure is the median of its rounds, with its quartiles in brackets.\n\n## Targets\n\n";
+        let met = self.targets().filter(|target| target.is_met()).count();
+        let _ = write!(text, "\n### Targets\n\n{met} of {} are met.\n\n", self.targets().count());
         text += "| section | what | measured | target | |\n|---|---|---|---|---|\n";
         for target in self.targets() {
             let sign = if target.at_most { "at most" } else { "at least" };
@@ -203,33 +227,29 @@ impl Report {
                 writeln!(text, "| {} | {} | {spread} | {sign} {} | {met} |", target.section, target.what, target.bound);
         }
         if self.builds.len() > 1 {
-            let _ = write!(text, "\n## {} beside {}\n\n{}", self.builds[0], self.builds[1], self.comparison());
+            let _ = write!(text, "\n### {} beside {}\n\n{}", self.builds[0], self.builds[1], self.comparison());
         }
         let mut section = "";
         for sample in self.samples() {
             if sample.section != section {
                 section = &sample.section;
-                let _ = write!(text, "\n## {section}\n\n");
+                let _ = write!(text, "\n### {section}\n\n");
                 for line in &self.lines[0] {
                     if let Line::Note { section: its, text: note } = line
                         && its == section
                     {
-                        let _ = writeln!(text, "{note}\n");
+                        let _ = writeln!(text, "Note: {note}.\n");
                     }
                 }
                 text += "| figure | of | at | |\n|---|---|---|---|\n";
             }
+            let Sample { figure, variant, unit, .. } = sample;
             let spread = Spread::of(&sample.values).text();
-            let _ = writeln!(
-                text,
-                "| {} | {} | {} | {spread} {} |",
-                sample.figure,
-                sample.variant,
-                place(sample),
-                sample.unit
-            );
+            let _ = writeln!(text, "| {figure} | {variant} | {} | {spread} {unit} |", place(sample));
         }
-        text + "\n## How cost grows\n\n![Curves of every figure over rules, prefixes, instances and flows](plots.svg)\n"
+        text + &format!(
+            "\n### How cost grows\n\n![Curves of every figure over rules, prefixes, instances and flows]({plots})\n"
+        )
     }
 
     /// The first build's figures by the second's.
@@ -251,6 +271,17 @@ impl Report {
         }
         text
     }
+}
+
+/// What stands around the figures in the committed page.
+const MARKS: (&str, &str) =
+    ("<!-- figures: written by cargo xtask bench --docs -->\n", "<!-- end of the figures -->\n");
+
+/// The page with other figures; nothing where it has no place for them.
+fn replaced(page: &str, figures: &str) -> Option<String> {
+    let (before, rest) = page.split_once(MARKS.0)?;
+    let (_, after) = rest.split_once(MARKS.1)?;
+    Some(format!("{before}{}\n{figures}\n{}{after}", MARKS.0, MARKS.1))
 }
 
 fn place(sample: &Sample) -> String {
@@ -344,6 +375,15 @@ mod tests {
         assert!(report.summary().ends_with("1 of 1 targets met"));
         report.add(0, vec![serde_json::from_str(&line.replace("[0.5,0.9,2.0]", "[2.0,2.0,2.0,2.0]")).unwrap()]);
         assert!(report.summary().starts_with("NOT MET"), "{}", report.summary());
+    }
+
+    #[test]
+    fn figures_take_the_place_of_others() {
+        let page = format!("before\n{}old\n{}after\n", MARKS.0, MARKS.1);
+        let once = replaced(&page, "new").unwrap();
+        assert!(once.starts_with("before\n") && once.ends_with("after\n") && !once.contains("old"), "{once}");
+        assert_eq!(replaced(&once, "new").as_ref(), Some(&once));
+        assert_eq!(replaced("no place", "new"), None);
     }
 
     #[test]

@@ -20,6 +20,8 @@ const STOP: Duration = Duration::from_secs(20);
 pub struct Build {
     /// `this tree`, or the revision.
     pub name: String,
+    /// Whether it is this tree's, which knows every section.
+    is_own: bool,
     bench: PathBuf,
     agent: PathBuf,
 }
@@ -28,7 +30,7 @@ impl Build {
     /// The tree that xtask belongs to, as it is.
     pub fn here() -> Result<Self> {
         ebpf::build()?;
-        Self::compile("this tree", workspace::root(), &workspace::target())
+        Ok(Self { is_own: true, ..Self::compile("this tree", workspace::root(), &workspace::target())? })
     }
 
     /// A revision, in a work tree of its own. It keeps its `target` from one time to the next.
@@ -71,16 +73,18 @@ impl Build {
         cargo.current_dir(root).env("CARGO_TARGET_DIR", target);
         cmd::run(cargo.args(["build", "--release", "-p", "bench", "-p", "sg-agent"]))?;
         let program = |program: &str| target.join("release").join(program);
-        Ok(Self { name: name.to_owned(), bench: program("sg-bench"), agent: program("sg-agent") })
+        Ok(Self { name: name.to_owned(), is_own: false, bench: program("sg-bench"), agent: program("sg-agent") })
     }
 
-    /// Runs one section.
+    /// Runs one section; nothing where this build doesn't know it.
     pub fn measure(
         &self,
         section: Section,
         is_quick: bool,
         environment: &[(&'static str, PathBuf)],
-    ) -> Result<Vec<Line>> {
+    ) -> Result<Option<Vec<Line>>> {
+        /// How a command line ends that isn't understood (clap).
+        const USAGE: i32 = 2;
         let mut all: Vec<(&str, OsString)> = vec![("SG_AGENT_BIN", self.agent.clone().into())];
         all.extend(environment.iter().map(|(name, value)| (*name, value.clone().into_os_string())));
         let mut command = cmd::as_root(&self.bench, all);
@@ -107,10 +111,11 @@ impl Build {
         cmd::check_interrupted()?;
         let status = status?;
         let Ok(lines) = reader.join() else { bail!("reading what was measured panicked") };
+        if status.code() == Some(USAGE) && !self.is_own {
+            return Ok(None);
+        }
         ensure!(status.success(), "{} failed: {status}", cmd::show(&command));
-        lines?
-            .iter()
-            .map(|line| serde_json::from_str(line).with_context(|| format!("not a measurement: {line}")))
-            .collect()
+        let read = |line: &String| serde_json::from_str(line).with_context(|| format!("not a measurement: {line}"));
+        lines?.iter().map(read).collect::<Result<_>>().map(Some)
     }
 }

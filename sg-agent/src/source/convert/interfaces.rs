@@ -85,8 +85,12 @@ pub(super) fn instances(
         enis.insert(eni.id.clone(), eni);
     }
     add_synthetic(&mut enis, synthetic, warnings);
+    let mut by_instance: BTreeMap<&InstanceId, Vec<&Eni>> = BTreeMap::new();
+    for eni in enis.values() {
+        eni.instance.iter().for_each(|instance| by_instance.entry(instance).or_default().push(eni));
+    }
     for instance in instances.values_mut() {
-        let mut own: Vec<&Eni> = enis.values().filter(|eni| eni.instance.as_ref() == Some(&instance.id)).collect();
+        let mut own = by_instance.remove(&instance.id).unwrap_or_default();
         own.sort_by_key(|eni| (eni.device_index, &eni.id));
         instance.enis = own.into_iter().map(|eni| eni.id.clone()).collect();
     }

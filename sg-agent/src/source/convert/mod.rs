@@ -71,11 +71,13 @@ impl Facts {
         let mut warnings = Warnings::default();
         inventory.prefix_lists = self.prefix_lists.iter().filter_map(|list| prefix_list(list, &mut warnings)).collect();
         let lists = inventory.prefix_lists.keys().cloned().collect();
-        inventory.groups = rules::groups(self.groups, self.rules, &self.bare, &lists, quirks, &mut warnings);
+        let groups = rules::groups(self.groups, self.rules, &self.bare, &lists, quirks, &mut warnings);
+        inventory.groups = groups.into_iter().collect();
         inventory.terminated = self.reservations.iter().flatten().flat_map(interfaces::terminated).collect();
         let (instances, enis) =
             interfaces::instances(self.reservations, self.interfaces, &self.own_groups, &mut warnings);
-        (inventory.instances, inventory.enis) = (instances, enis);
+        inventory.instances = instances.into_iter().collect();
+        inventory.enis = enis.into_iter().collect();
         inventory.vpcs = self.vpcs.iter().filter_map(|wire| vpc(wire, &mut warnings)).collect();
         inventory.subnets = self.subnets.iter().filter_map(|wire| subnet(wire, &mut warnings)).collect();
         inventory.acls = self.acls.iter().filter_map(|wire| acls::acl(wire, quirks, &mut warnings)).collect();
@@ -130,7 +132,7 @@ fn prefix_list<K: for<'a> From<&'a str>>(list: &wire::PrefixList, warnings: &mut
         Some(Number::Int(version)) => version,
         _ => 0,
     };
-    Some((id.into(), PrefixList { id: id.into(), version, entries }))
+    Some((id.into(), PrefixList { id: id.into(), version, entries: entries.into() }))
 }
 
 fn vpc(wire: &wire::Vpc, warnings: &mut Warnings) -> Option<(VpcId, Ipv4Net)> {

@@ -7,6 +7,7 @@ mod rules;
 use super::super::answer::{self, Call};
 use super::super::{answer::*, fixture};
 use super::*;
+use crate::sharing::Set;
 
 const EMULATOR: Quirks = Quirks { default_self_rule: true, default_acl_ipv6: true };
 
@@ -88,7 +89,7 @@ fn subnets_and_active_peerings_are_read() {
         region: Some("us-east-1".into()),
     };
     let peering = Peering { one: end("vpc-a8ae13aaae0cefec4"), other: end("vpc-fd143bcf446c0baf6") };
-    assert_eq!(inventory.peerings, [peering].into());
+    assert_eq!(inventory.peerings, Set::unit(peering));
 }
 
 #[test]

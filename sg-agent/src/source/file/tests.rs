@@ -115,7 +115,8 @@ fn rules_with_ids_come_before_permissions() {
     let list = &inventory.prefix_lists[&"pl-1".into()];
     assert_eq!((list.version, list.entries.len()), (3, 1));
     assert!(list.entries.contains(&"192.0.2.0/24".parse().unwrap()));
-    assert_eq!(inventory.warnings[0].to_string(), "pl-1: entry 2001:db8::/32 left out: the list is of IPv4");
+    let warnings: Vec<String> = inventory.warnings.iter().map(ToString::to_string).collect();
+    assert_eq!(warnings, ["pl-1: entry 2001:db8::/32 left out: the list is of IPv4"]);
 }
 
 #[test]

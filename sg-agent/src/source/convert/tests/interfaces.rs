@@ -46,7 +46,7 @@ fn secondary_and_ipv6_addresses_count_and_public_ones_do_not() {
 #[test]
 fn a_terminated_instance_is_no_member() {
     let body = fixture!("DescribeInstances_terminated");
-    let over = Inventory { terminated: BTreeSet::from(["i-92edc54166ec3a1be".into()]), ..Inventory::default() };
+    let over = Inventory { terminated: Set::unit("i-92edc54166ec3a1be".into()), ..Inventory::default() };
     assert_eq!(instances(body), over);
     let terminated = items::<DescribeInstances>(body);
     let interface = wire::NetworkInterface {
