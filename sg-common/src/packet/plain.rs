@@ -43,7 +43,7 @@ mod tests {
         let mut frame = [2; 12].to_vec();
         let header = if is_v4 { 20 + options } else { 40 };
         if is_v4 {
-            frame.extend([8, 0, 0x40 | header / 4, 0]);
+            frame.extend([8, 0, 0x40 | (header / 4), 0]);
             frame.extend((u16::from(header) + 1_000).to_be_bytes());
             frame.extend([0, 0, 0, 0, 64, protocol, 0, 0, 10, 0, 1, 5, 10, 0, 1, 6]);
             frame.extend(std::iter::repeat_n(1, options.into()));
