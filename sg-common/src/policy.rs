@@ -129,16 +129,15 @@ pub fn find<T: Tables>(tables: &T, table: u32, policy: &Policy, vpc: u32, query:
     if by_address != Match::None || policy.flags & abi::REFERENCES == 0 {
         return by_address;
     }
-    let Some(mut member) = tables.member(vpc, query.peer) else { return Match::None };
     // Who may race: a membership that is written while it is read. The kernel gives an entry's place to the next one that is
     // written, at once, so worst of all this would be another's groups: what neither state allows. So they count if the
     // entry is this peer's still; else they are read again. A change writes an entry twice at most.
-    for _ in 0..3 {
-        let matched = by_groups(tables, table, policy, member, column);
-        match tables.member(vpc, query.peer) {
-            Some(now) if core::ptr::eq(now, member) => return matched,
-            Some(now) => member = now,
-            None => break,
+    let mut read: Option<(&Member, Match)> = None;
+    for _ in 0..4 {
+        let Some(member) = tables.member(vpc, query.peer) else { break };
+        match read {
+            Some((before, matched)) if core::ptr::eq(before, member) => return matched,
+            _ => read = Some((member, by_groups(tables, table, policy, member, column))),
         }
     }
     Match::None
