@@ -2,8 +2,8 @@
 //! the proxy does of each client that reaches it, so whatever is left to the proxy here is judged there.
 //!
 //! Who may race: the agent, which writes ports, interfaces and rules, or opens and closes the proxy's listeners. Worst: a
-//! client's packet is denied, or answered with a reset, by what stood a moment ago, or by another port's or interface's entry
-//! that took this one's place while it was read. It heals when the client tries again; what passes here wrongly, the proxy
+//! client's packet is denied, or answered with a reset, by what stood a moment ago, or by another port's entry that took
+//! this one's place while it was read. It heals when the client tries again; what passes here wrongly, the proxy
 //! denies, whose answer alone counts.
 
 use crate::abi::{Direction, Interface, PublishedKey, PublishedPort};

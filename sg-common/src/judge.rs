@@ -58,7 +58,6 @@ pub fn judge<M: Tables + Memory>(
     frame: &impl Frame,
     mark: u32,
 ) -> Verdict {
-    let eni = read_once(&interface.eni);
     let ethernet = packet::ethernet(frame)?;
     if ethernet.ethertype == packet::ARP {
         return guard::arp(maps, interface, direction, &ethernet, frame);
@@ -79,7 +78,6 @@ pub fn judge<M: Tables + Memory>(
     let config = maps.config().ok_or(Drop::Inconsistent)?;
     let crossing = Crossing {
         interface,
-        eni,
         direction,
         packet,
         config,
@@ -151,8 +149,6 @@ fn fragment_key(interface: &Interface, direction: Direction, packet: &Packet) ->
 /// One packet at one interface, with the policies that stand at this moment.
 struct Crossing<'a> {
     interface: &'a Interface,
-    /// Its number, as it was when the packet came.
-    eni: u32,
     direction: Direction,
     packet: &'a Packet,
     config: &'a Config,
@@ -186,7 +182,7 @@ impl Crossing<'_> {
     /// Follows the packet's flow if there is one, else asks the rules and keeps what they say.
     #[inline(always)]
     fn track<M: Tables + Memory>(&self, maps: &M, frame: &impl Frame, mark: u32) -> Verdict {
-        let key = FlowKey::of(self.eni, self.direction, self.packet);
+        let key = FlowKey::of(self.interface.eni, self.direction, self.packet);
         match &key {
             // A SYN is always judged by the rules: it begins something new, whatever the table holds.
             Some(key) if !self.packet.is_initial_syn() => {
@@ -213,10 +209,6 @@ impl Crossing<'_> {
             }
         }
         let admission = self.admit(maps, mark)?;
-        if read_once(&self.interface.eni) != self.eni {
-            // Another's by now, and nobody knows from when on (`interface` in the maps of `sg-ebpf`).
-            return Err(Drop::UnknownInterface);
-        }
         match &key {
             Some(key) => self.keep(maps, key, &admission),
             None => Ok(admission.pass),
@@ -298,7 +290,7 @@ impl Crossing<'_> {
             return None;
         }
         let direction = self.direction.reverse();
-        let key = FlowKey::of(self.eni, direction, &quote)?;
+        let key = FlowKey::of(self.interface.eni, direction, &quote)?;
         let flow = maps.flow(&key)?;
         if flow.is_expired(self.config, self.now) {
             return None;

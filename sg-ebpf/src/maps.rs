@@ -85,17 +85,16 @@ const SWEEP_INTERVAL: u64 = 1_000_000_000;
 /// Removes expired flows, if no packet has done so within the last second. Two CPUs may both find it due: the second
 /// then walks a table that the first has tidied.
 #[inline(never)]
-fn sweep_if_due(now: u64) -> bool {
-    let Some(swept) = SWEPT.get_ptr_mut(0) else { return false };
+fn sweep_if_due(now: u64) {
+    let Some(swept) = SWEPT.get_ptr_mut(0) else { return };
     // SAFETY: an aligned word of an array that is never freed while the program runs, read and written whole.
     unsafe {
         if now.wrapping_sub(swept.read_volatile()) < SWEEP_INTERVAL {
-            return false;
+            return;
         }
         swept.write_volatile(now);
     }
     sweep(now);
-    true
 }
 
 /// What a sweep goes by, and finds.
@@ -177,6 +176,9 @@ fn track(key: &FlowKey, flow: &Flow) -> bool {
 /// an entry that was looked up then would have been.
 #[inline(always)]
 pub fn interface(ifindex: u32) -> Option<&'static Interface> {
+    if ifindex == 0 {
+        return None;
+    }
     let edition = EDITION.get_ptr_mut(0)?;
     let recent = RECENT.get_ptr_mut(ifindex % RECENT_LINKS)?;
     // SAFETY: an aligned word of an array that is never freed while the program runs, which the agent stores whole; and
@@ -190,8 +192,8 @@ pub fn interface(ifindex: u32) -> Option<&'static Interface> {
 /// Keeps an interface's entry on this CPU, if there is one.
 ///
 /// Who may race: the agent, which replaces an entry while it is copied. The kernel has the next entry that is written take
-/// its place at once, so worst of all the rest of the copy is another interface's: its number is read before and after,
-/// and what the kernel copies first is changed first. That packet is dropped as `unknown_interface`. Parts of two entries of
+/// its place at once, so worst of all the copy is another interface's: it counts if the entry is this link's still, else that
+/// packet is dropped as `unknown_interface`. Parts of two entries of
 /// one interface may be mixed; the agent counts an edition after each write, so the next packet finds the entry anew.
 ///
 /// # Safety
@@ -206,19 +208,16 @@ unsafe fn look_up(ifindex: u32, edition: *mut u64, recent: *mut Recent) -> bool 
     }
     // SAFETY: entries stay mapped for as long as the map is there, and every bit pattern is one.
     let Some(entry) = (unsafe { INTERFACES.get(ifindex) }) else { return false };
-    let number = || {
-        // SAFETY: a reference can be read.
-        unsafe { (&raw const entry.eni).read_volatile() }
-    };
-    let eni = number();
     // SAFETY: the caller's; and as above.
     unsafe {
         core::ptr::copy_nonoverlapping(entry, &raw mut (*recent).interface, 1);
         // An instruction that the compiler moves no access to memory over.
         asm!("{0} = {0}", inout(reg) current, options(nostack));
         (*recent).edition = current;
-        (*recent).link = if number() == eni { ifindex } else { 0 };
-        (*recent).link == ifindex
+        let is_its_own = INTERFACES.get(ifindex).is_some_and(|now| core::ptr::eq(now, entry));
+        // No link has the index 0.
+        (*recent).link = if is_its_own { ifindex } else { 0 };
+        is_its_own
     }
 }
 

@@ -41,10 +41,11 @@ pub fn count_early(number: u32) {
     }
 }
 
-/// The ring buffer of the log has less room than every CPU's line takes at once: a line is some 150 bytes.
+/// Beyond this the log (128 KiB, aya-log's size) has less room left than what some hundred CPUs write at once.
 const ALMOST_FULL: u64 = (128 - 16) * 1024;
 
-/// Logs a drop, or counts that there was no room for it. Costs nothing unless the agent loads the programs with this level on: the verifier then removes it.
+/// Logs a drop, or counts that there was no room for it. Costs nothing unless the agent loads the programs with this level
+/// on: the verifier then removes it.
 #[inline(always)]
 pub fn trace(ctx: &TcContext, ifindex: u32, direction: Direction, verdict: &Verdict) {
     if let Err(drop) = verdict

@@ -39,6 +39,8 @@ impl Applier {
             let policy = compile(spec).map_err(|error| ApplyError::Compile { policy: key.to_string(), error })?;
             compiled.push((key, spec, Arc::new(policy)));
         }
+        // Each takes lines in a row: what is small finds room between what is large, and not the other way round.
+        compiled.sort_by_key(|(.., policy)| std::cmp::Reverse(Usage::of(policy).lines));
         let total =
             |store: &Store| compiled.iter().fold(store.usage(), |usage, (.., policy)| usage.plus(&Usage::of(policy)));
         if total(&self.store).check().is_err() {

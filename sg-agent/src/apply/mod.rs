@@ -214,7 +214,10 @@ impl Applier {
         if self.is_enforced(desired) {
             return Ok(self.snapshot());
         }
-        let refused = self.refused.as_ref().filter(|(refused, _)| refused == desired && self.is_hooked(desired));
+        let refused = self
+            .refused
+            .as_ref()
+            .filter(|(refused, _)| self.last.is_some() && refused == desired && self.is_hooked(desired));
         if let Some(error) = refused.and_then(|(_, error)| error.again()) {
             return Err(error);
         }

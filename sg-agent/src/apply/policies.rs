@@ -114,11 +114,11 @@ impl Store {
     pub fn write(&mut self, maps: &mut Maps, compiled: Arc<Compiled>) -> Result<Written, ApplyError> {
         let needs = Usage::of(&compiled);
         self.usage.plus(&needs).check()?;
-        let full = |what| ApplyError::Capacity { what, needed: 1, capacity: 0 };
-        let number = self.numbers.take().ok_or(full("policies"))?;
+        let full = |what, needed, capacity| ApplyError::Capacity { what, needed, capacity };
+        let number = self.numbers.take().ok_or(full("policies", 1, 0))?;
         let Some(start) = self.lines.take(needs.lines) else {
             self.numbers.give(number);
-            return Err(full("lines of rules in a row"));
+            return Err(full("lines of rules in a row", needs.lines, self.lines.longest()));
         };
         self.usage = self.usage.plus(&needs);
         let written = Written { number, compiled, start };

@@ -60,12 +60,19 @@ impl Lines {
         Self { free: BTreeMap::from([(0, lines)]) }
     }
 
-    /// The start of `length` free lines, if there are as many in a row. None are asked for at no cost.
+    /// The most free lines in a row.
+    pub fn longest(&self) -> u32 {
+        self.free.values().copied().max().unwrap_or(0)
+    }
+
+    /// The start of `length` free lines, if there are as many in a row: of the shortest such row, so that long ones stay
+    /// long. None are asked for at no cost.
     pub fn take(&mut self, length: u32) -> Option<u32> {
         if length == 0 {
             return Some(0);
         }
-        let (&start, &available) = self.free.iter().find(|&(_, &available)| available >= length)?;
+        let fitting = self.free.iter().filter(|&(_, &available)| available >= length);
+        let (&start, &available) = fitting.min_by_key(|&(_, &available)| available)?;
         self.free.remove(&start);
         if available > length {
             self.free.insert(start + length, available - length);
@@ -120,8 +127,17 @@ mod tests {
         assert_eq!(lines.take(1), None);
         lines.give(0, 3);
         lines.give(6, 4);
-        assert_eq!(lines.take(5), None, "seven lines are free, but not five in a row");
+        assert_eq!((lines.take(5), lines.longest()), (None, 4), "seven lines are free, but not five in a row");
         lines.give(3, 3);
         assert_eq!(lines.take(10), Some(0));
+    }
+
+    #[test]
+    fn the_shortest_row_that_does_is_taken() {
+        let mut lines = Lines::new(10);
+        assert_eq!([lines.take(6), lines.take(1), lines.take(2)], [Some(0), Some(6), Some(7)]);
+        lines.give(0, 6);
+        lines.give(7, 2);
+        assert_eq!(lines.take(2), Some(7), "the last three lines are free, too");
     }
 }

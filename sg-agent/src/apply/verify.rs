@@ -1,8 +1,8 @@
 //! Whether the kernel still has what was put there: programs on links, entries of rule maps. What somebody else took
 //! away or wrote is put right, and told. Nothing here decides what should be there.
 //!
-//! Programs, pins, settings, bindings, interfaces and headers are looked at whole each time; the other maps in parts of
-//! [`PART`] entries, so that a look is bounded. It finds what fewer entries hide at once, more of them in rotation.
+//! Programs, pins, settings, bindings, lines, interfaces and headers are looked at whole each time; the other maps in
+//! parts of [`PART`] entries, so that a look is bounded. It finds what fewer entries hide at once, more of them in rotation.
 
 use std::collections::HashMap;
 use std::io;
@@ -18,6 +18,8 @@ use super::{Applier, ApplyError, bindings, members};
 use crate::datapath::{DatapathError, Fault, Scan, absent_is_fine};
 use crate::exempt::Service;
 
+/// The kind of repair after which flows are judged anew.
+const ALTERED: &str = "map_altered";
 /// Entries of one map that are looked at in one go, which takes a few milliseconds.
 const PART: usize = 16_384;
 
@@ -64,6 +66,11 @@ impl Applier {
         if let Err(error) = self.verify_words(&mut repairs).and_then(|()| self.verify_maps(&mut repairs)) {
             errors.push(error);
         }
+        // Flows that were judged meanwhile look as if they had been judged rightly.
+        if repairs.iter().any(|repair| repair.kind == ALTERED) {
+            self.unsettled = true;
+            self.collect();
+        }
         (repairs, errors)
     }
 
@@ -107,12 +114,14 @@ impl Applier {
 
     /// Settings, bindings and lines: what costs no system call, or one.
     fn verify_words(&mut self, repairs: &mut Vec<Repair>) -> Result<(), ApplyError> {
+        // What a CPU keeps of the interfaces' entries is in no map that is read here: it is taken anew instead.
+        if self.maps.interfaces.renew() {
+            repairs.push(altered("EDITION"));
+        }
         if self.maps.config()? != self.config {
             self.maps.set_config(&self.config)?;
             repairs.push(altered("CONFIG"));
         }
-        // What a CPU keeps of the interfaces' entries is in no map that is read here: it is taken anew instead.
-        self.maps.interfaces.renew();
         let mut found = false;
         for slot in 0..abi::MAX_BINDINGS {
             let word = bindings::word(self.tables.bindings.get(&slot).copied().unwrap_or_default());
@@ -294,8 +303,7 @@ impl Applier {
             let failed = |error| DatapathError::Write { map: "MEMBERS", error };
             self.maps.members.insert(members::key(place), member, 0).map_err(failed)?;
         }
-        // Flows were judged by the wrong ones meanwhile.
-        self.announce()
+        Ok(())
     }
 }
 
@@ -304,7 +312,7 @@ fn cannot_read(map: &'static str) -> impl FnOnce(io::Error) -> DatapathError {
 }
 
 fn altered(map: &str) -> Repair {
-    Repair { kind: "map_altered", subject: format!("map {map}"), problem: "was written to by somebody else" }
+    Repair { kind: ALTERED, subject: format!("map {map}"), problem: "was written to by somebody else" }
 }
 
 fn describe(fault: Fault) -> (&'static str, &'static str) {

@@ -1,8 +1,8 @@
 //! `--enforce-bridge`: which ports of which bridges are admitted, and when the gate is written. What it is made of is
 //! `datapath`'s; whose a port is, discovery's.
 //!
-//! A port is admitted once it is known whose it is: an instance's when its programs are attached, a stranger's when
-//! discovery has told it from an instance's. It stays so for as long as it is that bridge's port.
+//! A port is admitted while it is known whose it is: an instance's while its programs are attached, a stranger's from when
+//! discovery has told it from an instance's, for as long as it is that bridge's port.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -31,8 +31,8 @@ pub struct Bridges {
     pins: Pins,
     /// Bridges that are closed.
     closed: BTreeSet<String>,
-    /// Ports that were admitted, and their bridges.
-    admitted: BTreeMap<u32, String>,
+    /// Strangers' ports, and their bridges.
+    strangers: BTreeMap<u32, String>,
     /// Ports that were not, since when.
     waiting: BTreeMap<String, Instant>,
     /// What was written, if anything was.
@@ -53,7 +53,7 @@ impl Bridges {
             closed: named.collect(),
             wanted,
             pins,
-            admitted: BTreeMap::new(),
+            strangers: BTreeMap::new(),
             waiting: BTreeMap::new(),
             written: None,
             started: false,
@@ -129,20 +129,20 @@ impl Bridges {
         }
         let is_attached =
             |port: &Port| snapshot.interfaces.get(&port.link.ifindex).is_some_and(|enforced| enforced.attached);
-        let (mut admitted, mut waiting) = (BTreeMap::new(), BTreeMap::new());
+        let (mut strangers, mut waiting, mut ports) = (BTreeMap::new(), BTreeMap::new(), BTreeSet::new());
         for port in &discovered.ports {
             let Port { link, bridge, is_stranger } = port;
-            if *is_stranger
-                || is_attached(port)
-                || !self.closed.contains(bridge)
-                || self.admitted.get(&link.ifindex) == Some(bridge)
-            {
-                admitted.insert(link.ifindex, bridge.clone());
+            let is_stranger = *is_stranger || self.strangers.get(&link.ifindex) == Some(bridge);
+            if is_stranger {
+                strangers.insert(link.ifindex, bridge.clone());
+            }
+            if is_stranger || is_attached(port) || !self.closed.contains(bridge) {
+                ports.insert(link.ifindex);
             } else {
                 waiting.insert(link.name.clone(), *self.waiting.get(&link.name).unwrap_or(&Instant::now()));
             }
         }
-        (self.admitted, self.waiting) = (admitted, waiting);
-        Gate { bridges: self.closed.clone(), ports: self.admitted.keys().copied().collect() }
+        (self.strangers, self.waiting) = (strangers, waiting);
+        Gate { bridges: self.closed.clone(), ports }
     }
 }

@@ -2,6 +2,7 @@
 //! here; see `interface` in `sg-ebpf/src/maps.rs`. So whoever writes also says that something was written.
 
 use std::borrow::Borrow;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use aya::maps::hash_map::HashMap;
 use aya::maps::{IterableMap as _, MapData, MapError};
@@ -13,13 +14,15 @@ use super::mapped::MappedWords;
 pub struct Interfaces {
     entries: HashMap<MapData, u32, Interface>,
     edition: MappedWords,
+    /// The edition that was stored last. What is in the map isn't believed.
+    current: AtomicU64,
     /// The map behind `edition`: programs that are loaded later refer to it.
     _edition_map: MapData,
 }
 
 impl Interfaces {
     pub(super) fn new(entries: HashMap<MapData, u32, Interface>, edition: MappedWords, edition_map: MapData) -> Self {
-        Self { entries, edition, _edition_map: edition_map }
+        Self { entries, edition, current: AtomicU64::new(0), _edition_map: edition_map }
     }
 
     /// Writes an entry.
@@ -33,7 +36,7 @@ impl Interfaces {
         flags: u64,
     ) -> Result<(), MapError> {
         let result = self.entries.insert(ifindex, entry, flags);
-        self.renew();
+        let _ = self.renew();
         result
     }
 
@@ -43,7 +46,7 @@ impl Interfaces {
     /// The kernel's, also where there is none.
     pub fn remove(&mut self, ifindex: &u32) -> Result<(), MapError> {
         let result = self.entries.remove(ifindex);
-        self.renew();
+        let _ = self.renew();
         result
     }
 
@@ -52,9 +55,13 @@ impl Interfaces {
         self.entries.keys()
     }
 
-    /// From here on every packet meets the entries as they stand now.
-    pub fn renew(&self) {
-        self.edition.store(0, self.edition.load(0).wrapping_add(1));
+    /// From here on every packet meets the entries as they stand now. Returns whether somebody else had changed the
+    /// edition.
+    pub fn renew(&self) -> bool {
+        let before = self.current.fetch_add(1, Ordering::Relaxed);
+        let is_altered = self.edition.load(0) != before;
+        self.edition.store(0, before.wrapping_add(1));
+        is_altered
     }
 
     /// The map itself.

@@ -116,7 +116,7 @@ impl Memory {
                     == (&inventory.vpcs, &inventory.subnets, &inventory.peerings)
             })
         };
-        let acls_stay = |(before, after): &(Option<Arc<NetworkAcl>>, Option<Arc<NetworkAcl>>)| match (before, after) {
+        let acls_stay = |(before, after): &AclChange| match (before, after) {
             (Some(before), Some(after)) => {
                 before.subnets == after.subnets && rules::restricts(before) == rules::restricts(after)
             }

@@ -74,8 +74,7 @@ struct Told {
     failed: u64,
     /// Seconds by which the wall clock is wrong.
     wrong_by: i64,
-    clock_asked: u64,
-    calls: u64,
+    clock_wrong: u64,
 }
 
 /// A process that is about to be started.
@@ -104,19 +103,14 @@ impl Seams {
         self.told().failed
     }
 
-    /// How many calls of bpf(2) were asked about.
-    pub fn calls(&self) -> u64 {
-        self.told().calls
-    }
-
     /// From now on, the wall clock is so many seconds ahead, or behind.
     pub fn set_clock(&self, wrong_by: i64) {
         self.told().wrong_by = wrong_by;
     }
 
-    /// How often the wall clock was asked for.
-    pub fn clock_asked(&self) -> u64 {
-        self.told().clock_asked
+    /// How often a wrong time was told.
+    pub fn clock_wrong(&self) -> u64 {
+        self.told().clock_wrong
     }
 
     fn told(&self) -> MutexGuard<'_, Told> {
@@ -320,11 +314,10 @@ impl Seams {
         };
         let mut told = self.told();
         if i64::from(asked.data.nr) == libc::SYS_clock_gettime {
-            told.clock_asked += 1;
             let written = told.wrong_by != 0 && write_time(asked, told.wrong_by).is_ok();
+            told.clock_wrong += u64::from(written);
             return if written { libc::seccomp_notif_resp { flags: 0, ..go_on } } else { go_on };
         }
-        told.calls += 1;
         let Told { failures: Some(failures), failed, .. } = &mut *told else { return go_on };
         if !failures.commands.contains(&asked.data.args[0]) {
             return go_on;

@@ -178,12 +178,12 @@ impl Act {
             Self::BpfIsOut => bpf_is_out(stage, random),
             Self::ClockJumps => {
                 let days = [1, -1, 400, -400, 20_000][random.usize(..5)];
-                let before = stage.seams.clock_asked();
+                let before = stage.seams.clock_wrong();
                 stage.seams.set_clock(days * DAY);
                 let change = Change::any(&stage.state, random);
                 stage.change(&change);
                 stage.settle();
-                assert!(stage.seams.clock_asked() > before, "the agent signs with the wall clock's time");
+                assert!(stage.seams.clock_wrong() > before, "the agent signs with the wall clock's time");
                 stage.holds("after the clock has jumped");
                 toggle(stage, VETHS.len() + random.usize(..CONTAINERS.len()));
                 stage.seams.set_clock(0);

@@ -146,7 +146,7 @@ impl State {
         mixed
     }
 
-    /// Whether a rule that makes a difference to what is asked is in force for somebody, and the same otherwise.
+    /// A change that certainly makes a difference: one rule comes, or goes if it is there.
     pub fn toggled(&self, random: &mut fastrand::Rng) -> Change {
         let present: Vec<usize> = (0..INSTANCES).filter(|instance| self.present[*instance]).collect();
         let groups = &self.groups[present[random.usize(..present.len())]];

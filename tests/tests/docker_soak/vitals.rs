@@ -71,8 +71,8 @@ impl Sample {
             ("other files", open("other files")),
             ("sockets", open("sockets")),
             ("pins", count(pins)),
-            ("policies", usage["policies"].as_u64().unwrap_or(0)),
-            ("rules' lines", usage["lines"].as_u64().unwrap_or(0)),
+            ("policies", usage["policies"].as_u64().expect("usage.policies")),
+            ("rules' lines", usage["lines"].as_u64().expect("usage.lines")),
             ("INTERFACES", entries::<u32, Interface>(program, "INTERFACES")),
             ("REFERENCES", entries::<ReferenceKey, u32>(program, "REFERENCES")),
             ("MEMBERS", entries::<MemberKey, Member>(program, "MEMBERS")),
@@ -85,12 +85,12 @@ impl Sample {
 
 /// How many entries a map has.
 fn entries<K: Pod, V: Pod>(program: u32, name: &str) -> u64 {
-    let Some(map) = maps_of(&[program], name).into_iter().next() else { return 0 };
-    keys::<K, V>(&map)
+    let map = maps_of(&[program], name).into_iter().next();
+    keys::<K, V>(&map.unwrap_or_else(|| panic!("the program has no map {name}")))
 }
 
 fn counters(program: u32) -> u64 {
-    let Some(map) = maps_of(&[program], "REASONS").into_iter().next() else { return 0 };
+    let map = maps_of(&[program], "REASONS").into_iter().next().expect("the program's map REASONS");
     let counters: PerCpuHashMap<MapData, ReasonKey, Count> =
         Map::PerCpuHashMap(map).try_into().expect("a hash map with a value a CPU");
     counters.keys().count() as u64
@@ -177,7 +177,10 @@ impl Vitals {
                 }
                 None => "no agent lived long enough to tell".to_owned(),
             };
-            let problem = worst.filter(|growth| growth.grown() > slack).map(|growth| format!("{name} grew: {growth:?}"));
+            let problem = match worst {
+                Some(growth) => (growth.grown() > slack).then(|| format!("{name} grew: {growth:?}")),
+                None => Some(rule.clone()),
+            };
             line(name, &all, rule, problem)
         });
         let names = self.same.first().map(|sample| sample.exact.keys().copied().collect::<Vec<_>>());

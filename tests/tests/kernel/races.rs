@@ -114,7 +114,7 @@ pub fn who_has_left_a_group_gets_nowhere() {
     });
 }
 
-/// `member_of` in `sg-common/src/policy.rs`: an entry of `MEMBERS` becomes another address's while it is read.
+/// `find` in `sg-common/src/policy.rs`: an entry of `MEMBERS` becomes another address's while it is read.
 #[test]
 pub fn nobody_is_taken_for_another_member() {
     isolated(|| {
@@ -155,7 +155,7 @@ pub fn nobody_is_taken_for_another_member() {
     });
 }
 
-/// `interface` in `sg-ebpf/src/maps.rs`: an entry of `INTERFACES` becomes another link's while it is read, and a slot of
+/// `look_up` in `sg-ebpf/src/maps.rs`: an entry of `INTERFACES` becomes another link's while it is read, and a slot of
 /// `BINDINGS` another group set's (`Applier::unbind`).
 #[test]
 pub fn no_packet_is_judged_by_another_interface_s_rules() {
