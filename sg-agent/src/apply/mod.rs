@@ -389,9 +389,16 @@ impl Applier {
     /// Removes what no program can be reading any more: old policies, and the flows of interfaces that are gone.
     /// Takes some milliseconds, which no caller of `apply` waits for.
     pub fn collect(&mut self) {
-        if self.retired.is_empty() && self.departed.is_empty() && self.vacated.is_empty() && !self.unsettled {
-            return;
+        self.store.tidy(&mut self.maps);
+        if !self.retired.is_empty() || !self.departed.is_empty() || !self.vacated.is_empty() || self.unsettled {
+            self.collect_after_programs();
         }
+        if self.snapshot.usage != self.store.usage() {
+            Arc::make_mut(&mut self.snapshot).usage = self.store.usage();
+        }
+    }
+
+    fn collect_after_programs(&mut self) {
         wait_for_programs();
         self.settle();
         for written in std::mem::take(&mut self.retired) {

@@ -88,6 +88,8 @@ pub struct Store {
     numbers: Numbers,
     lines: Lines,
     usage: Usage,
+    /// What the kernel refused to have taken out.
+    remains: Vec<Written>,
 }
 
 impl Default for Store {
@@ -97,6 +99,7 @@ impl Default for Store {
             numbers: Numbers::new(1..abi::MAX_POLICIES),
             lines: Lines::new(abi::RULE_LINES),
             usage: Usage::default(),
+            remains: Vec::new(),
         }
     }
 }
@@ -131,19 +134,37 @@ impl Store {
         Ok(written)
     }
 
-    /// Takes a policy out of the maps. No program may be reading it any more.
+    /// Takes a policy out of the maps. No program may be reading it any more. Where the kernel refuses, that is tried again
+    /// by [`Self::tidy`], and number and lines are nobody's until then.
     pub fn unwrite(&mut self, maps: &mut Maps, written: &Written) {
-        for direction in [Direction::Ingress, Direction::Egress] {
-            if let Err(error) = written.take_out(maps, direction) {
-                // Its entries can't be reached, since no policy has its number; the number is not used again.
-                tracing::warn!(policy = written.number, %error, "cannot remove an old policy; its room is lost");
-                return;
+        if let Err(error) = self.remove(maps, written) {
+            tracing::warn!(policy = written.number, %error, "cannot remove an old policy; trying again");
+            self.remains.push(written.clone());
+        }
+    }
+
+    /// Whether there is anything for [`Self::tidy`].
+    pub fn is_untidy(&self) -> bool {
+        !self.remains.is_empty()
+    }
+
+    /// Takes out what couldn't be taken out before.
+    pub fn tidy(&mut self, maps: &mut Maps) {
+        for written in std::mem::take(&mut self.remains) {
+            if self.remove(maps, &written).is_err() {
+                self.remains.push(written);
             }
         }
+    }
+
+    fn remove(&mut self, maps: &mut Maps, written: &Written) -> Result<(), DatapathError> {
+        written.take_out(maps, Direction::Ingress)?;
+        written.take_out(maps, Direction::Egress)?;
         let needs = Usage::of(&written.compiled);
         self.lines.give(written.start, needs.lines);
         self.numbers.give(written.number);
         self.usage = self.usage.minus(&needs);
+        Ok(())
     }
 }
 

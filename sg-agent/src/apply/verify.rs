@@ -61,6 +61,9 @@ impl Applier {
     /// # Errors
     /// What could not be looked at or put right; all else was.
     pub fn verify(&mut self) -> (Vec<Repair>, Vec<ApplyError>) {
+        if self.store.is_untidy() {
+            self.collect();
+        }
         let (mut repairs, mut errors) = (Vec::new(), Vec::new());
         self.verify_links(&mut repairs, &mut errors);
         if let Err(error) = self.verify_words(&mut repairs).and_then(|()| self.verify_maps(&mut repairs)) {
@@ -141,7 +144,7 @@ impl Applier {
     }
 
     fn verify_maps(&mut self, repairs: &mut Vec<Repair>) -> Result<(), ApplyError> {
-        if !self.retired.is_empty() {
+        if !self.retired.is_empty() || self.store.is_untidy() {
             // They are about to go.
             return Ok(());
         }

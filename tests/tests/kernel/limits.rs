@@ -205,6 +205,8 @@ pub fn more_policies_than_fit_are_refused_whole() {
         applier.apply(&desired(policies(most / 2, 22)), true).expect("half of what fits");
         let half = applier.apply(&desired(policies(most / 2, 23)), true).expect("each once more");
         assert_eq!((ask(&half, 0, 22), ask(&half, 0, 23)), (Match::None, Match::Narrow));
+        applier.collect();
+        assert_eq!(applier.snapshot().usage.policies, most / 2, "what was replaced counts no more");
         let snapshot = applier.apply(&desired(policies(most, 23)), true).expect("as many as fit");
         assert_eq!(ask(&snapshot, 0, 23), Match::Narrow);
         for (over, of) in [(policies(most + 1, 23), "group sets and network ACLs"), (policies(most, 24), "policies")] {
