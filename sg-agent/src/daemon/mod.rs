@@ -17,6 +17,7 @@ mod publish;
 mod report;
 mod scrape;
 mod state;
+mod systemd;
 mod verify;
 
 use std::collections::BTreeSet;
@@ -27,7 +28,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use ipnet::IpNet;
-use sd_notify::NotifyState;
 use sg_common::abi::{CUT_ON_REVOKE, Config};
 use sg_common::conntrack::State;
 use tokio::signal::unix::{SignalKind, signal};
@@ -43,6 +43,7 @@ use self::look::{Looked, Lookout, View};
 use self::poll::{Polled, Poller};
 use self::pollers::Pollers;
 use self::state::Desk;
+use self::systemd::NotifyState;
 use self::verify::Repairs;
 use crate::apply::{Applier, Snapshot};
 use crate::datapath::{Datapath, Pins};
@@ -233,7 +234,7 @@ pub async fn run(options: Options) -> Result<()> {
         told: BTreeSet::new(),
     };
     tracing::info!(socket = %options.places.socket().display(), "sg-agent {} is up", env!("CARGO_PKG_VERSION"));
-    tell_systemd(&NotifyState::Ready);
+    systemd::tell(&NotifyState::Ready);
 
     let mut sweeps = tokio::time::interval(SWEEP_INTERVAL);
     sweeps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -252,7 +253,7 @@ pub async fn run(options: Options) -> Result<()> {
             _ = interrupt.recv() => break,
             _ = sweeps.tick() => daemon.sweep(),
             _ = looks.tick() => {
-                tell_systemd(&NotifyState::Watchdog);
+                systemd::tell(&NotifyState::Watchdog);
                 daemon.verify();
             }
             () = daemon.desk.next_deadline() => daemon.desk.expire(),
@@ -260,7 +261,7 @@ pub async fn run(options: Options) -> Result<()> {
         }
         daemon.settle().await;
     }
-    tell_systemd(&NotifyState::Stopping);
+    systemd::tell(&NotifyState::Stopping);
     shutdown.cancel();
     // Nobody listens from here on, so there is nothing to judge.
     daemon.applier.watch(&[]);
@@ -275,13 +276,6 @@ pub async fn run(options: Options) -> Result<()> {
         tracing::info!("enforcement stays on without the agent; 'sg-agent detach' ends it");
     }
     Ok(())
-}
-
-/// Tells systemd, if this is its service of `Type=notify`, how the agent's one task is.
-fn tell_systemd(state: &NotifyState) {
-    if let Err(error) = sd_notify::notify(std::slice::from_ref(state)) {
-        tracing::debug!(%error, "systemd is not told");
-    }
 }
 
 /// Files that the agent has open beside connections.
